@@ -1,0 +1,300 @@
+// One warp's attention over the tiles of one request and kv head, kept in registers: S^T = K Q^T with the tile's 16
+// tokens as the rows and the query rows as the columns, softmax over the rows seen so far, O^T += V^T P^T. With tokens
+// as rows a group of four query heads wastes half of a product, not three quarters.
+//
+// Fragments: lane l is (p, j) = (l / 4, l % 4). It holds query rows (columns of S^T and O^T) 2j and 2j + 1 of every
+// eight; in S^T tokens p and p + 8; in O^T dimensions dim_a and dim_b of every sixteen.
+#pragma once
+
+#include "convert.cuh"
+#include "pipeline.cuh"
+
+namespace fi_prefetch {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+/// Query row n of a kv head is query token n / group_size, query head n % group_size of the group.
+struct QueryRow {
+  uint32_t token;
+  uint32_t head;
+  bool valid;
+
+  FI_PREFETCH_DEVICE QueryRow(const DecodeParams& p, uint32_t n)
+      : token(n / p.group_size), head(n % p.group_size), valid(token < static_cast<uint32_t>(p.q_len)) {}
+};
+
+/// Row of `o` and `lse` for a query row.
+FI_PREFETCH_DEVICE int64_t output_row(const DecodeParams& p, uint32_t request, uint32_t kv_head, QueryRow row) {
+  return (static_cast<int64_t>(request) * p.q_len + row.token) * p.num_qo_heads + kv_head * p.group_size + row.head;
+}
+
+template <typename T>
+class WarpAttention {
+ public:
+  FI_PREFETCH_DEVICE explicit WarpAttention(const DecodeParams& p) : p_(p) {
+    const uint32_t lane = lane_index();
+    // Lane l gives ldmatrix the row of token l % 16, chunk l / 16 of a pair. Exclusive-oring the pair's index into the
+    // chunk bits then moves along the row (TileLayout::offset with an even chunk added).
+    matrix_offset_ = TileLayout<T>::offset(lane % kTileTokens, lane / kTileTokens);
+  }
+
+  /// Starts a new request and head: reads its query rows, forgets the last one's sums.
+  FI_PREFETCH_DEVICE void start(uint32_t request, uint32_t head) {
+    const uint32_t j = lane_index() % 4;
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n) {
+      const QueryRow row(p_, n * 8 + lane_index() / 4);
+      const typename T::Q* q = static_cast<const typename T::Q*>(p_.q) +
+                               (static_cast<int64_t>(request) * p_.q_len + row.token) * p_.q_stride_n +
+                               (head * p_.group_size + row.head) * p_.q_stride_h;
+#pragma unroll
+      for (int k = 0; k < kProducts; ++k) {
+        // Where K's ldmatrix leaves the 16 dimensions of a product: for fp8 four neighbours in a lane.
+        const int low = k * 16 + (T::kFp8 ? 4 * j : 2 * j);
+        const int high = low + (T::kFp8 ? 2 : 8);
+        query_[n][k][0] = row.valid ? __ldcg(reinterpret_cast<const uint32_t*>(q + low)) : 0;
+        query_[n][k][1] = row.valid ? __ldcg(reinterpret_cast<const uint32_t*>(q + high)) : 0;
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      max_[c] = -INFINITY;
+      sum_[c] = 0.0f;
+    }
+#pragma unroll
+    for (int d = 0; d < kProducts; ++d)
+#pragma unroll
+      for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) output_[d][n][i] = 0.0f;
+  }
+
+  /// Takes in the tile whose rows lie at `k_tile` and `v_tile` in shared memory.
+  FI_PREFETCH_DEVICE void add_tile(uint32_t k_tile, uint32_t v_tile, int32_t token, int32_t length) {
+    float scores[T::kRowTiles][4];
+    multiply_k(k_tile, scores);
+    scale_and_mask(scores, token, length);
+    uint32_t probabilities[T::kRowTiles][2];
+    update_softmax(scores, probabilities);
+    multiply_v(v_tile, probabilities);
+  }
+
+  /// Completes the row sums. Once, after the last tile.
+  FI_PREFETCH_DEVICE void finish() {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) sum_[c] = sum_over_tokens(sum_[c]);
+  }
+
+  /// Writes the result of a request and head that this warp had to itself.
+  FI_PREFETCH_DEVICE void write_output(uint32_t request, uint32_t head) {
+    using O = typename T::O;
+    const uint32_t p_row = lane_index() / 4, j = lane_index() % 4;
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n) {
+      float scale[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const QueryRow row(p_, n * 8 + 2 * j + e);
+        const int c = n * 2 + e;
+        float denominator = sum_[c];
+        if (p_.sinks != nullptr && row.valid) {
+          denominator += sink_weight(p_.sinks[head * p_.group_size + row.head], max_[c]);
+        }
+        scale[e] = sum_[c] == 0.0f ? 0.0f : p_.v_scale / denominator;
+        if (p_.lse != nullptr && row.valid && p_row == 0) {
+          p_.lse[output_row(p_, request, head, row)] = log_sum_exp(max_[c], sum_[c]);
+        }
+      }
+      // A fragment has dimensions as rows; transposed, a lane has neighbouring dimensions of query row p.
+      const QueryRow row(p_, n * 8 + p_row);
+      O* o = static_cast<O*>(p_.o) + output_row(p_, request, head, row) * T::kHeadDim;
+#pragma unroll
+      for (int d = 0; d < kProducts; ++d) {
+        const float(&x)[4] = output_[d][n];
+        const uint32_t a = ptx::transpose_matrix(pack<O>(x[0] * scale[0], x[1] * scale[1]));
+        const uint32_t b = ptx::transpose_matrix(pack<O>(x[2] * scale[0], x[3] * scale[1]));
+        if (!row.valid) continue;
+        if constexpr (T::kFp8) {  // a: dimensions 4j, 4j + 2; b: 4j + 1, 4j + 3
+          uint2* destination = reinterpret_cast<uint2*>(o + d * 16 + 4 * j);
+          *destination = make_uint2(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
+        } else {  // a: dimensions 2j, 2j + 1; b: those 8 on
+          *reinterpret_cast<uint32_t*>(o + d * 16 + 2 * j) = a;
+          *reinterpret_cast<uint32_t*>(o + d * 16 + 8 + 2 * j) = b;
+        }
+      }
+    }
+  }
+
+  /// Writes the sums as a partial: row n at partial + n * kPartialStride.
+  FI_PREFETCH_DEVICE void write_partial(float* partial) const {
+    const uint32_t p_row = lane_index() / 4, j = lane_index() % 4;
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t row_index = n * 8 + 2 * j + e;
+        if (row_index >= static_cast<uint32_t>(p_.group_size * p_.q_len)) continue;
+        float* row = partial + row_index * T::kPartialStride;
+#pragma unroll
+        for (int d = 0; d < kProducts; ++d) {
+          row[d * 16 + (T::kFp8 ? 2 * p_row : p_row)] = output_[d][n][e];
+          row[d * 16 + (T::kFp8 ? 2 * p_row + 1 : p_row + 8)] = output_[d][n][2 + e];
+        }
+        if (p_row == 0) {
+          row[T::kHeadDim] = max_[n * 2 + e];
+          row[T::kHeadDim + 1] = sum_[n * 2 + e];
+        }
+      }
+    }
+  }
+
+  /// What a sink (a logit without a value) adds to a denominator of which `max` was taken out.
+  FI_PREFETCH_DEVICE static float sink_weight(float sink, float max) { return ptx::exp2_fast(sink * kLog2e - max); }
+
+  /// Base 2; -inf where there was nothing to attend to. A sink is not part of it.
+  FI_PREFETCH_DEVICE static float log_sum_exp(float max, float sum) { return max + ptx::log2_fast(sum); }
+
+ private:
+  static constexpr int kProducts = T::kHeadDim / 16;  // 16 dimensions each: steps of Q K^T, row blocks of O^T
+  static constexpr int kColumns = 2 * T::kRowTiles;   // query rows that a lane has in its fragments
+
+  FI_PREFETCH_DEVICE void multiply_k(uint32_t k_tile, float (&scores)[T::kRowTiles][4]) const {
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
+    const uint32_t row_address = k_tile + matrix_offset_;
+#pragma unroll
+    for (int pair = 0; pair < T::kRowChunks / 2; ++pair) {
+      uint32_t r[4];  // tokens 0-7 and 8-15 of the pair's first chunk, then of its second
+      ptx::load_matrix_x4(r, row_address ^ (pair << 5));
+      if constexpr (T::kFp8) {
+#pragma unroll
+        for (int chunk = 0; chunk < 2; ++chunk) {
+          const uint32_t x = r[2 * chunk], y = r[2 * chunk + 1];
+          const uint32_t a[4] = {widen<typename T::Kv, typename T::Q>(x & 0xffff),
+                                 widen<typename T::Kv, typename T::Q>(y & 0xffff),
+                                 widen<typename T::Kv, typename T::Q>(x >> 16),
+                                 widen<typename T::Kv, typename T::Q>(y >> 16)};
+#pragma unroll
+          for (int n = 0; n < T::kRowTiles; ++n) {
+            const uint32_t(&q)[2] = query_[n][2 * pair + chunk];
+            ptx::multiply_add<typename T::Q>(scores[n], a, q[0], q[1]);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < T::kRowTiles; ++n) {
+          ptx::multiply_add<typename T::Q>(scores[n], r, query_[n][pair][0], query_[n][pair][1]);
+        }
+      }
+    }
+  }
+
+  /// Scores in base-2 exponent units; -inf where a query row must not look.
+  FI_PREFETCH_DEVICE void scale_and_mask(float (&scores)[T::kRowTiles][4], int32_t token, int32_t length) const {
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[n][i] = p_.scale_log2 * (T::kSoftCap ? tanhf(scores[n][i] * p_.inverse_cap) : scores[n][i]);
+      }
+    // Inside a request every row sees every token.
+    const bool at_end = token + kTileTokens > length - (p_.q_len - 1);
+    const bool at_window = T::kWindow && token < length - 1 - p_.window_left;
+    if (!at_end && !at_window) return;
+    const int32_t first = token + lane_index() / 4;
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const QueryRow row(p_, n * 8 + lane_index() % 4 * 2 + i % 2);
+        const int32_t position = length - p_.q_len + static_cast<int32_t>(row.token);  // the query's own
+        const int32_t t = first + i / 2 * 8;
+        const bool visible = row.valid && t <= position && (!T::kWindow || t >= position - p_.window_left);
+        if (!visible) scores[n][i] = -INFINITY;
+      }
+  }
+
+  FI_PREFETCH_DEVICE void update_softmax(float (&scores)[T::kRowTiles][4], uint32_t (&probabilities)[T::kRowTiles][2]) {
+    float correction[kColumns];
+    bool any_new_max = false;
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int c = n * 2 + e;
+        const float new_max = fmaxf(max_[c], max_over_tokens(fmaxf(scores[n][e], scores[n][2 + e])));
+        // Until a row has seen a token its maximum is -inf, and -inf - -inf must not become NaN.
+        const float reference = new_max == -INFINITY ? 0.0f : new_max;
+        correction[c] = ptx::exp2_fast(max_[c] - reference);
+        any_new_max |= new_max != max_[c];
+        scores[n][e] = ptx::exp2_fast(scores[n][e] - reference);
+        scores[n][2 + e] = ptx::exp2_fast(scores[n][2 + e] - reference);
+        sum_[c] = sum_[c] * correction[c] + scores[n][e] + scores[n][2 + e];
+        max_[c] = new_max;
+      }
+      // S^T has tokens as rows, the second product wants them as columns: transpose each eight of them.
+      probabilities[n][0] = ptx::transpose_matrix(pack<typename T::PV>(scores[n][0], scores[n][1]));
+      probabilities[n][1] = ptx::transpose_matrix(pack<typename T::PV>(scores[n][2], scores[n][3]));
+    }
+    if (!__any_sync(kFullWarp, any_new_max)) return;  // true of most tiles after the first few
+#pragma unroll
+    for (int d = 0; d < kProducts; ++d)
+#pragma unroll
+      for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) output_[d][n][i] *= correction[n * 2 + i % 2];
+  }
+
+  FI_PREFETCH_DEVICE void multiply_v(uint32_t v_tile, const uint32_t (&probabilities)[T::kRowTiles][2]) {
+    const uint32_t row_address = v_tile + matrix_offset_;
+#pragma unroll
+    for (int pair = 0; pair < T::kRowChunks / 2; ++pair) {
+      uint32_t r[4];
+      ptx::load_matrix_x4_transposed(r, row_address ^ (pair << 5));
+      if constexpr (T::kFp8) {
+#pragma unroll
+        for (int chunk = 0; chunk < 2; ++chunk) {
+          // A register has dimensions 2p, 2p + 1 of token 2j, then of 2j + 1; the product wants the tokens together.
+          const uint32_t x = __byte_perm(r[2 * chunk], 0, 0x3120), y = __byte_perm(r[2 * chunk + 1], 0, 0x3120);
+          const uint32_t a[4] = {widen<typename T::Kv, __half>(x & 0xffff), widen<typename T::Kv, __half>(x >> 16),
+                                 widen<typename T::Kv, __half>(y & 0xffff), widen<typename T::Kv, __half>(y >> 16)};
+          multiply_v_block(2 * pair + chunk, a, probabilities);
+        }
+      } else {
+        const uint32_t a[4] = {r[0], r[2], r[1], r[3]};
+        multiply_v_block(pair, a, probabilities);
+      }
+    }
+  }
+
+  FI_PREFETCH_DEVICE void multiply_v_block(int d, const uint32_t (&a)[4],
+                                           const uint32_t (&probabilities)[T::kRowTiles][2]) {
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n) {
+      ptx::multiply_add<typename T::PV>(output_[d][n], a, probabilities[n][0], probabilities[n][1]);
+    }
+  }
+
+  /// Over the eight lanes that share query rows: lane bits 2 to 4.
+  FI_PREFETCH_DEVICE static float max_over_tokens(float x) {
+#pragma unroll
+    for (int bit = 4; bit < 32; bit *= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, bit));
+    return x;
+  }
+  FI_PREFETCH_DEVICE static float sum_over_tokens(float x) {
+#pragma unroll
+    for (int bit = 4; bit < 32; bit *= 2) x += __shfl_xor_sync(kFullWarp, x, bit);
+    return x;
+  }
+
+  const DecodeParams& p_;
+  uint32_t matrix_offset_;
+  uint32_t query_[T::kRowTiles][kProducts][2];
+  float max_[kColumns];  // of scale_log2 * score
+  float sum_[kColumns];  // this lane's share until finish()
+  float output_[kProducts][T::kRowTiles][4];
+};
+
+}  // namespace fi_prefetch

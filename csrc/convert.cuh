@@ -1,0 +1,60 @@
+// From what shared memory holds to what the tensor cores multiply.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstring>
+
+#include "ptx.cuh"
+
+namespace fi_prefetch {
+
+template <typename Pair>
+FI_PREFETCH_DEVICE uint32_t register_of(Pair pair) {
+  static_assert(sizeof(Pair) == sizeof(uint32_t), "two 16-bit numbers");
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+/// Two floats as one register of two 16-bit numbers, `low` in the low half.
+template <typename T>
+FI_PREFETCH_DEVICE uint32_t pack(float low, float high);
+
+template <>
+FI_PREFETCH_DEVICE uint32_t pack<__nv_bfloat16>(float low, float high) {
+  return register_of(__floats2bfloat162_rn(low, high));
+}
+
+template <>
+FI_PREFETCH_DEVICE uint32_t pack<__half>(float low, float high) {
+  return register_of(__floats2half2_rn(low, high));
+}
+
+template <typename Fp8>
+struct Fp8Format;
+template <>
+struct Fp8Format<__nv_fp8_e4m3> {
+  static constexpr __nv_fp8_interpretation_t value = __NV_E4M3;
+};
+template <>
+struct Fp8Format<__nv_fp8_e5m2> {
+  static constexpr __nv_fp8_interpretation_t value = __NV_E5M2;
+};
+
+/// Two fp8 numbers (the low 16 bits of `pair`) as two numbers of type T: exact, NaN and infinity included.
+template <typename Fp8, typename T>
+FI_PREFETCH_DEVICE uint32_t widen(uint32_t pair) {
+  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), Fp8Format<Fp8>::value);
+  const __half2 halves(raw);
+  if constexpr (sizeof(T) == sizeof(__half) && !std::is_same<T, __half>::value) {
+    const float2 floats = __half22float2(halves);
+    return pack<T>(floats.x, floats.y);
+  } else {
+    return register_of(halves);
+  }
+}
+
+}  // namespace fi_prefetch

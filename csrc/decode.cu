@@ -1,0 +1,445 @@
+// The entry points: FlashInfer's `plan`, `workspace_size` and `run` of a batch-decode module, and `prefetch_kv`.
+//
+// One compilation serves one choice of element types, head_dim, sliding window and soft cap; fi_prefetch/jit.py sets the
+// FI_PREFETCH_* macros. Everything is checked here that memory safety hangs on, whatever the Python side did before.
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/dtype.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/extra/cuda/device_guard.h>
+#include <tvm/ffi/function.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <string>
+
+#include "decode.cuh"
+#include "prefetch_kv.cuh"
+
+namespace fi_prefetch {
+namespace {
+
+using tvm::ffi::Array;
+using tvm::ffi::Optional;
+using tvm::ffi::TensorView;
+
+constexpr bool kWindow = FI_PREFETCH_SLIDING_WINDOW;
+constexpr bool kSoftCap = FI_PREFETCH_SOFT_CAP;
+
+/// About 24 KB of ring a warp: eight warps then keep up to 128 KB on the way, four times what an H200's SM needs to
+/// read at its share of HBM (34 GB/s at 1 us). Never below three, so that two tiles fly while one is computed on.
+constexpr int stage_count() {
+  constexpr int kStageBytes = 2 * kTileTokens * FI_PREFETCH_HEAD_DIM * sizeof(FI_PREFETCH_DTYPE_KV);
+  return std::min(std::max(24 * 1024 / kStageBytes, 3), 8);
+}
+
+template <int ROW_TILES>
+using Traits = DecodeTraits<FI_PREFETCH_DTYPE_Q, FI_PREFETCH_DTYPE_KV, FI_PREFETCH_DTYPE_O, FI_PREFETCH_HEAD_DIM,
+                            ROW_TILES, stage_count(), kWindow, kSoftCap>;
+using AnyTraits = Traits<1>;
+
+constexpr int kMaxRows = 16;
+constexpr int kMaxWarps = 8;
+constexpr int kMaxBlocks = 1024;  // two levels of a merge take 32 * 32
+
+#define FI_PREFETCH_CHECK(condition, error) \
+  if (!(condition)) TVM_FFI_THROW(error)
+
+void check_cuda(cudaError_t status, const char* what) {
+  FI_PREFETCH_CHECK(status == cudaSuccess, RuntimeError) << what << ": " << cudaGetErrorString(status);
+}
+
+int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+template <typename T>
+constexpr DLDataType dl_dtype() {
+  if constexpr (std::is_same<T, __half>::value) return {kDLFloat, 16, 1};
+  if constexpr (std::is_same<T, __nv_bfloat16>::value) return {kDLBfloat, 16, 1};
+  if constexpr (std::is_same<T, __nv_fp8_e4m3>::value) return {kDLFloat8_e4m3fn, 8, 1};
+  if constexpr (std::is_same<T, __nv_fp8_e5m2>::value) return {kDLFloat8_e5m2, 8, 1};
+  if constexpr (std::is_same<T, float>::value) return {kDLFloat, 32, 1};
+  if constexpr (std::is_same<T, int32_t>::value) return {kDLInt, 32, 1};
+}
+
+std::string name_of(DLDevice device) {
+  const std::string kind = device.device_type == kDLCUDA ? "cuda" : device.device_type == kDLCPU ? "cpu" : "device";
+  return kind + ":" + std::to_string(device.device_id);
+}
+
+std::string name_of(DLDataType dtype) { return tvm::ffi::DLDataTypeToString(dtype); }
+
+template <typename T>
+void check_tensor(const TensorView& x, const char* name, int rank, DLDevice device) {
+  const DLDataType dtype = dl_dtype<T>();
+  FI_PREFETCH_CHECK(x.ndim() == rank, ValueError) << name << ": expected " << rank << " dimensions, got " << x.ndim();
+  FI_PREFETCH_CHECK(x.dtype().code == dtype.code && x.dtype().bits == dtype.bits && x.dtype().lanes == 1, TypeError)
+      << name << ": expected dtype " << name_of(dtype) << ", got " << name_of(x.dtype());
+  FI_PREFETCH_CHECK(x.device().device_type == device.device_type && x.device().device_id == device.device_id,
+                    ValueError)
+      << name << ": expected device " << name_of(device) << ", got " << name_of(x.device());
+}
+
+template <typename T>
+void check_vector(const TensorView& x, const char* name, int64_t length, DLDevice device) {
+  check_tensor<T>(x, name, 1, device);
+  FI_PREFETCH_CHECK(x.size(0) >= length && (x.size(0) <= 1 || x.stride(0) == 1), ValueError)
+      << name << ": expected at least " << length << " contiguous elements, got " << x.size(0) << " with stride "
+      << x.stride(0);
+}
+
+cudaStream_t current_stream(DLDevice device) {
+  return static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
+}
+
+/// What plan() decided. Grid and block are limits of speed, not of correctness: a tuner may change them.
+struct Plan {
+  int64_t blocks;
+  int64_t warps;
+  int64_t min_tiles_per_warp;
+};
+
+uint32_t shared_bytes(int64_t warps, int64_t rows) { return SharedMemory<AnyTraits>::bytes(warps, rows); }
+
+int64_t partial_bytes(int64_t blocks, int64_t rows) {
+  return 2 * blocks * rows * AnyTraits::kPartialStride * sizeof(float);
+}
+
+int64_t counter_bytes(int64_t blocks) { return 3 * blocks * sizeof(int32_t); }
+
+int64_t row_count(int64_t num_qo_heads, int64_t num_kv_heads) {
+  FI_PREFETCH_CHECK(num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0, ValueError)
+      << "num_qo_heads: expected a positive multiple of num_kv_heads = " << num_kv_heads << ", got " << num_qo_heads;
+  const int64_t rows = num_qo_heads / num_kv_heads;
+  FI_PREFETCH_CHECK(rows <= kMaxRows, ValueError)
+      << "num_qo_heads: expected at most " << kMaxRows << " query rows per kv head, got " << rows;
+  return rows;
+}
+
+/// One block an SM, with as many warps as its shared memory holds.
+Plan make_plan(int64_t rows, int device) {
+  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  int64_t warps = kMaxWarps;
+  while (warps > 1 && shared_bytes(warps, rows) > static_cast<uint32_t>(limit)) --warps;
+  FI_PREFETCH_CHECK(shared_bytes(warps, rows) <= static_cast<uint32_t>(limit), RuntimeError)
+      << "this GPU's " << limit << " bytes of shared memory a block do not hold one warp's "
+      << shared_bytes(warps, rows);
+  const int sms = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  return {std::min(sms, kMaxBlocks), warps, 1};
+}
+
+void check_head_dim(int64_t head_dim_qk, int64_t head_dim_vo) {
+  FI_PREFETCH_CHECK(head_dim_qk == FI_PREFETCH_HEAD_DIM && head_dim_vo == FI_PREFETCH_HEAD_DIM, ValueError)
+      << "head_dim: this module was compiled for " << FI_PREFETCH_HEAD_DIM << ", got " << head_dim_qk << " and "
+      << head_dim_vo;
+}
+
+/// FlashInfer's plan. Touches no tensor's contents and copies nothing: the schedule is made on the device, in run().
+/// `num_qo_heads` counts query rows: query heads times query tokens per request.
+/// Returns [blocks, warps a block, shared-memory bytes, float workspace bytes, counter bytes, query rows per kv head,
+/// fewest tiles a warp].
+Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorView, int64_t, int64_t num_qo_heads,
+                    int64_t num_kv_heads, int64_t, bool, int64_t window_left, double logits_soft_cap,
+                    int64_t head_dim_qk, int64_t head_dim_vo, TensorView, TensorView) {
+  check_head_dim(head_dim_qk, head_dim_vo);
+  FI_PREFETCH_CHECK((window_left >= 0) == kWindow && (logits_soft_cap > 0) == kSoftCap, ValueError)
+      << "window_left, logits_soft_cap: this module was compiled " << (kWindow ? "with" : "without")
+      << " a sliding window and " << (kSoftCap ? "with" : "without") << " a soft cap, got " << window_left << " and "
+      << logits_soft_cap;
+  const int64_t rows = row_count(num_qo_heads, num_kv_heads);
+  const Plan made = make_plan(rows, float_workspace.device().device_id);
+  return {made.blocks, made.warps, static_cast<int64_t>(shared_bytes(made.warps, rows)),
+          partial_bytes(made.blocks, rows), counter_bytes(made.blocks), rows, made.min_tiles_per_warp};
+}
+
+/// FlashInfer's workspace_size: [float workspace bytes, int workspace bytes].
+Array<int64_t> workspace_size(TensorView device_buffer, TensorView, int64_t, int64_t num_qo_heads, int64_t num_kv_heads,
+                              int64_t, bool, int64_t, double, int64_t head_dim_qk, int64_t head_dim_vo, TensorView,
+                              TensorView) {
+  check_head_dim(head_dim_qk, head_dim_vo);
+  const int64_t rows = row_count(num_qo_heads, num_kv_heads);
+  const Plan made = make_plan(rows, device_buffer.device().device_id);
+  return {partial_bytes(made.blocks, rows), counter_bytes(made.blocks)};
+}
+
+Plan read_plan(const Array<int64_t>& plan_info, int64_t rows, int device) {
+  FI_PREFETCH_CHECK(plan_info.size() == 7, ValueError)
+      << "plan_info: expected the 7 numbers that plan() returned, got " << plan_info.size();
+  const Plan made{plan_info[0], plan_info[1], plan_info[6]};
+  const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  FI_PREFETCH_CHECK(made.blocks >= 1 && made.blocks <= kMaxBlocks && made.warps >= 1 && made.warps <= kMaxWarps &&
+                        made.min_tiles_per_warp >= 1 && made.min_tiles_per_warp <= 1 << 16 &&
+                        shared_bytes(made.warps, rows) <= limit,
+                    ValueError)
+      << "plan_info: " << made.blocks << " blocks of " << made.warps << " warps (" << shared_bytes(made.warps, rows)
+      << " bytes of shared memory), at least " << made.min_tiles_per_warp
+      << " tiles a warp, is beyond what this kernel or this GPU takes";
+  return made;
+}
+
+struct CacheShape {
+  int64_t pages, page_size, heads;
+  int64_t strides[3];  // bytes: page, token, head; 0 for a dimension of size 1, whose stride says nothing
+};
+
+CacheShape cache_shape(const TensorView& cache, const char* name, bool hnd) {
+  CacheShape shape;
+  const int token = hnd ? 2 : 1, head = hnd ? 1 : 2;
+  shape.pages = cache.size(0), shape.page_size = cache.size(token), shape.heads = cache.size(head);
+  FI_PREFETCH_CHECK(cache.size(3) == FI_PREFETCH_HEAD_DIM && cache.stride(3) == 1, ValueError)
+      << name << ": expected a contiguous last dimension of " << FI_PREFETCH_HEAD_DIM << ", got " << cache.size(3)
+      << " with stride " << cache.stride(3);
+  FI_PREFETCH_CHECK(reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16 == 0, ValueError)
+      << name << ": expected a 16-byte aligned address";
+  const int dimensions[3] = {0, token, head};
+  for (int i = 0; i < 3; ++i) {
+    const int d = dimensions[i];
+    shape.strides[i] = cache.size(d) == 1 ? 0 : cache.stride(d) * static_cast<int64_t>(sizeof(FI_PREFETCH_DTYPE_KV));
+    FI_PREFETCH_CHECK(shape.strides[i] % 16 == 0 && shape.strides[i] >= 0, ValueError)
+        << name << ": expected strides that are multiples of 16 bytes, got " << shape.strides[i] << " bytes in dimension "
+        << d;
+  }
+  return shape;
+}
+
+/// Fills in the cache, the page table and what follows from them.
+void set_cache(DecodeParams& p, const TensorView& k, const TensorView& v, const TensorView& indptr,
+               const TensorView& indices, const TensorView& last_page_len, int64_t kv_layout_code) {
+  FI_PREFETCH_CHECK(kv_layout_code == 0 || kv_layout_code == 1, ValueError)
+      << "kv_layout_code: expected 0 (NHD) or 1 (HND), got " << kv_layout_code;
+  const DLDevice device = k.device();
+  FI_PREFETCH_CHECK(device.device_type == kDLCUDA, ValueError) << "paged_k_cache: expected a CUDA tensor, got " << name_of(device);
+  check_tensor<FI_PREFETCH_DTYPE_KV>(k, "paged_k_cache", 4, device);
+  check_tensor<FI_PREFETCH_DTYPE_KV>(v, "paged_v_cache", 4, device);
+  const CacheShape ks = cache_shape(k, "paged_k_cache", kv_layout_code == 1);
+  const CacheShape vs = cache_shape(v, "paged_v_cache", kv_layout_code == 1);
+  FI_PREFETCH_CHECK(ks.pages == vs.pages && ks.page_size == vs.page_size && ks.heads == vs.heads, ValueError)
+      << "paged_v_cache: expected paged_k_cache's shape";
+  FI_PREFETCH_CHECK(ks.pages > 0 && ks.page_size > 0 && ks.heads > 0 &&
+                        std::max(ks.pages, ks.page_size) <= std::numeric_limits<int32_t>::max(),
+                    ValueError)
+      << "paged_k_cache: expected between 1 and 2^31 - 1 pages, tokens a page and heads";
+
+  check_tensor<int32_t>(last_page_len, "paged_kv_last_page_len", 1, device);
+  const int64_t batch_size = last_page_len.size(0);
+  check_vector<int32_t>(last_page_len, "paged_kv_last_page_len", batch_size, device);
+  check_vector<int32_t>(indptr, "paged_kv_indptr", batch_size + 1, device);
+  check_vector<int32_t>(indices, "paged_kv_indices", 0, device);
+  const int64_t num_indices = indices.size(0);
+  // Positions on the line of tiles are 32-bit numbers; the page table can name no more tiles than this.
+  const double tiles =
+      (static_cast<double>(num_indices) * ks.page_size / kTileTokens + static_cast<double>(batch_size)) * ks.heads;
+  FI_PREFETCH_CHECK(tiles < 4294967296.0 && num_indices <= std::numeric_limits<int32_t>::max(), ValueError)
+      << "paged_kv_indices: " << num_indices << " pages of " << ks.page_size << " tokens and " << ks.heads
+      << " heads are more than 2^32 tiles";
+
+  int64_t all_bits = 0;
+  for (int i = 0; i < 3; ++i) all_bits |= ks.strides[i] | vs.strides[i];
+  p.unit_shift = 4;
+  while (p.unit_shift < 20 && (all_bits >> p.unit_shift) % 2 == 0) ++p.unit_shift;
+  for (const CacheShape* s : {&ks, &vs}) {
+    const double last = static_cast<double>(s->pages - 1) * s->strides[0] +
+                        static_cast<double>(s->page_size - 1) * s->strides[1] +
+                        static_cast<double>(s->heads - 1) * s->strides[2];
+    FI_PREFETCH_CHECK(last < 4294967296.0 * (int64_t{1} << p.unit_shift), ValueError)
+        << "paged_kv_cache: rows as far as " << last << " bytes apart are beyond what strides that are multiples of "
+        << (1 << p.unit_shift) << " bytes let this kernel address";
+  }
+  const auto tensor = [&](const TensorView& x, const CacheShape& s) {
+    return KvTensor{static_cast<const uint8_t*>(x.data_ptr()), static_cast<uint32_t>(s.strides[0] >> p.unit_shift),
+                    static_cast<uint32_t>(s.strides[1] >> p.unit_shift),
+                    static_cast<uint32_t>(s.strides[2] >> p.unit_shift)};
+  };
+  p.k = tensor(k, ks);
+  p.v = tensor(v, vs);
+  p.contiguous_tokens = ks.page_size % kTileTokens == 0 && ks.strides[1] == AnyTraits::kRowBytes &&
+                        vs.strides[1] == AnyTraits::kRowBytes;
+  p.num_kv_heads = ks.heads;
+
+  PageTable& t = p.table;
+  t.indptr = static_cast<const int32_t*>(indptr.data_ptr());
+  t.indices = static_cast<const int32_t*>(indices.data_ptr());
+  t.last_page_len = static_cast<const int32_t*>(last_page_len.data_ptr());
+  t.batch_size = batch_size;
+  t.num_indices = num_indices;
+  t.num_pages = ks.pages;
+  t.page_size = ks.page_size;
+  t.page_shift = -1;
+  if ((ks.page_size & (ks.page_size - 1)) == 0) {
+    for (t.page_shift = 0; int64_t{1} << t.page_shift < ks.page_size;) ++t.page_shift;
+  }
+  // A tile's rows beyond a length are computed with (and not read), so a tile more must fit as well.
+  t.max_pages_per_request = (std::numeric_limits<int32_t>::max() - 64 * kTileTokens) / ks.page_size;
+}
+
+struct Launch {
+  int64_t blocks;
+  int64_t warps;
+  uint32_t shared;
+  bool enable_pdl;
+  cudaStream_t stream;
+};
+
+template <typename... Params>
+void launch(void (*kernel)(Params...), const Launch& l, int device, const Params&... params) {
+  // The attribute belongs to the function and the device, and is as good set twice as once.
+  constexpr int kDevices = 64;
+  static std::atomic<uint32_t> shared_limit[kDevices];
+  if (device >= kDevices || shared_limit[device].load(std::memory_order_relaxed) < l.shared) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared),
+               "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+    if (device < kDevices) shared_limit[device].store(l.shared, std::memory_order_relaxed);
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(l.blocks);
+  config.blockDim = dim3(32 * l.warps);
+  config.dynamicSmemBytes = l.shared;
+  config.stream = l.stream;
+  config.attrs = &attribute;
+  config.numAttrs = l.enable_pdl ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, params...), "cudaLaunchKernelEx");
+}
+
+/// FlashInfer's run up to enable_pdl; then what this kernel takes besides. `counters`: int32, zero before the first run,
+/// one buffer per stream of calls; every run leaves it zero. `prefetch`: the fields of PrefetchLevers.
+void run(TensorView float_workspace, TensorView counters, Array<int64_t> plan_info, TensorView q, TensorView k,
+         TensorView v, TensorView indptr, TensorView indices, TensorView last_page_len, TensorView o,
+         Optional<TensorView> maybe_lse, int64_t kv_layout_code, int64_t window_left, bool enable_pdl,
+         Optional<TensorView> maybe_sinks, double logits_soft_cap, double sm_scale, double v_scale, int64_t q_len,
+         Array<int64_t> prefetch) {
+  DecodeParams p{};
+  set_cache(p, k, v, indptr, indices, last_page_len, kv_layout_code);
+  const DLDevice device = k.device();
+  const int64_t batch_size = p.table.batch_size;
+
+  check_tensor<FI_PREFETCH_DTYPE_Q>(q, "q", 3, device);
+  const int64_t num_qo_heads = q.size(1);
+  FI_PREFETCH_CHECK(q_len >= 1 && q_len <= kMaxRows && q.size(0) == batch_size * q_len &&
+                        q.size(2) == FI_PREFETCH_HEAD_DIM && (q.stride(2) == 1),
+                    ValueError)
+      << "q: expected shape [" << batch_size << " * " << q_len << ", num_qo_heads, " << FI_PREFETCH_HEAD_DIM
+      << "] with a contiguous last dimension, got [" << q.size(0) << ", " << q.size(1) << ", " << q.size(2)
+      << "] with stride " << q.stride(2);
+  FI_PREFETCH_CHECK(reinterpret_cast<uintptr_t>(q.data_ptr()) % 4 == 0 && (q.size(0) <= 1 || q.stride(0) % 2 == 0) &&
+                        (num_qo_heads <= 1 || q.stride(1) % 2 == 0),
+                    ValueError)
+      << "q: expected an address and strides that are multiples of 4 bytes";
+  const int64_t rows = row_count(num_qo_heads * q_len, p.num_kv_heads);
+  FI_PREFETCH_CHECK(num_qo_heads % p.num_kv_heads == 0, ValueError)
+      << "q: expected a multiple of " << p.num_kv_heads << " heads, got " << num_qo_heads;
+  p.q = q.data_ptr();
+  p.q_stride_n = q.stride(0);
+  p.q_stride_h = q.stride(1);
+  p.num_qo_heads = num_qo_heads;
+  p.group_size = num_qo_heads / p.num_kv_heads;
+  p.q_len = q_len;
+
+  check_tensor<FI_PREFETCH_DTYPE_O>(o, "out", 3, device);
+  FI_PREFETCH_CHECK(o.size(0) == q.size(0) && o.size(1) == q.size(1) && o.size(2) == q.size(2) && o.IsContiguous() &&
+                        reinterpret_cast<uintptr_t>(o.data_ptr()) % 16 == 0,
+                    ValueError)
+      << "out: expected a contiguous, 16-byte aligned tensor of q's shape";
+  p.o = o.data_ptr();
+  if (maybe_lse.has_value()) {
+    const TensorView& lse = maybe_lse.value();
+    check_tensor<float>(lse, "lse", 2, device);
+    FI_PREFETCH_CHECK(lse.size(0) == q.size(0) && lse.size(1) == q.size(1) && lse.IsContiguous(), ValueError)
+        << "lse: expected a contiguous tensor of shape [" << q.size(0) << ", " << q.size(1) << "]";
+    p.lse = static_cast<float*>(lse.data_ptr());
+  }
+  if (maybe_sinks.has_value()) {
+    check_vector<float>(maybe_sinks.value(), "sinks", num_qo_heads, device);
+    p.sinks = static_cast<const float*>(maybe_sinks.value().data_ptr());
+  }
+
+  FI_PREFETCH_CHECK((window_left >= 0) == kWindow && (logits_soft_cap > 0) == kSoftCap, ValueError)
+      << "window_left, logits_soft_cap: not what this module was planned and compiled for: " << window_left << ", "
+      << logits_soft_cap;
+  p.window_left = std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max() / 2);
+  if constexpr (kSoftCap) {
+    p.scale_log2 = kLog2e * logits_soft_cap;
+    p.inverse_cap = sm_scale / logits_soft_cap;
+  } else {
+    p.scale_log2 = kLog2e * sm_scale;
+  }
+  p.v_scale = v_scale;
+
+  FI_PREFETCH_CHECK(prefetch.size() == 5, ValueError)
+      << "prefetch: expected [run_ahead, prologue, early_load, ready, stream], got " << prefetch.size() << " numbers";
+  const auto lever = [&](int i, int64_t most) {
+    return static_cast<int32_t>(std::min(std::max<int64_t>(prefetch[i], 0), most));
+  };
+  p.levers = {lever(0, 1 << 16), lever(1, 1 << 16), lever(2, 1), lever(3, 2), lever(4, 1)};
+
+  if (batch_size == 0) return;
+  const Plan made = read_plan(plan_info, rows, device.device_id);
+  p.min_tiles_per_warp = made.min_tiles_per_warp;
+  FI_PREFETCH_CHECK(RequestScan::shared_bytes(batch_size) <= made.warps * SharedMemory<AnyTraits>::kRingBytes,
+                    ValueError)
+      << "paged_kv_last_page_len: " << batch_size << " requests are more than this kernel's shared memory holds";
+  const auto bytes_of = [](const TensorView& x) { return x.numel() * ((x.dtype().bits * x.dtype().lanes + 7) / 8); };
+  const auto same_device = [&](const TensorView& x) {
+    return x.device().device_type == device.device_type && x.device().device_id == device.device_id;
+  };
+  FI_PREFETCH_CHECK(same_device(float_workspace) && float_workspace.IsContiguous() &&
+                        bytes_of(float_workspace) >= partial_bytes(made.blocks, rows) &&
+                        reinterpret_cast<uintptr_t>(float_workspace.data_ptr()) % 16 == 0,
+                    ValueError)
+      << "float_workspace_buffer: expected at least " << partial_bytes(made.blocks, rows)
+      << " contiguous bytes, 16-byte aligned, on " << name_of(device) << ", got " << bytes_of(float_workspace) << " on "
+      << name_of(float_workspace.device());
+  check_vector<int32_t>(counters, "counters", counter_bytes(made.blocks) / sizeof(int32_t), device);
+  p.partials = static_cast<float*>(float_workspace.data_ptr());
+  p.counters = static_cast<int32_t*>(counters.data_ptr());
+
+  tvm::ffi::CUDADeviceGuard guard(device.device_id);
+  const Launch l{made.blocks, made.warps, shared_bytes(made.warps, rows), enable_pdl, current_stream(device)};
+  if (rows <= 8) {
+    launch(decode_kernel<Traits<1>>, l, device.device_id, p);
+  } else {
+    launch(decode_kernel<Traits<2>>, l, device.device_id, p);
+  }
+}
+
+/// Brings up to `budget_bytes` of what a run() with this plan reads first into L2, with `num_blocks` blocks.
+void prefetch_kv(Array<int64_t> plan_info, TensorView k, TensorView v, TensorView indptr, TensorView indices,
+                 TensorView last_page_len, int64_t kv_layout_code, int64_t window_left, int64_t q_len,
+                 int64_t budget_bytes, int64_t num_blocks, bool evict_last) {
+  DecodeParams p{};
+  set_cache(p, k, v, indptr, indices, last_page_len, kv_layout_code);
+  const DLDevice device = k.device();
+  FI_PREFETCH_CHECK(q_len >= 1 && q_len <= kMaxRows, ValueError) << "q_len_per_req: got " << q_len;
+  FI_PREFETCH_CHECK((window_left >= 0) == kWindow, ValueError) << "window_left: not what was planned: " << window_left;
+  FI_PREFETCH_CHECK(num_blocks >= 1 && num_blocks <= kMaxBlocks, ValueError)
+      << "num_blocks: expected 1 to " << kMaxBlocks << ", got " << num_blocks;
+  p.q_len = q_len;
+  p.window_left = std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max() / 2);
+  const Plan made = read_plan(plan_info, 1, device.device_id);
+  p.min_tiles_per_warp = made.min_tiles_per_warp;
+  const int64_t tiles = budget_bytes / (made.blocks * made.warps * AnyTraits::kStageBytes);
+  if (tiles <= 0 || p.table.batch_size == 0) return;
+  const uint32_t shared = RequestScan::shared_bytes(p.table.batch_size);
+  FI_PREFETCH_CHECK(shared <= made.warps * SharedMemory<AnyTraits>::kRingBytes, ValueError)
+      << "paged_kv_last_page_len: " << p.table.batch_size << " requests are more than shared memory holds";
+  const PrefetchKvParams window{static_cast<uint32_t>(made.blocks), static_cast<uint32_t>(made.warps),
+                                static_cast<uint32_t>(std::min<int64_t>(tiles, 1 << 24)), evict_last};
+  tvm::ffi::CUDADeviceGuard guard(device.device_id);
+  launch(prefetch_kv_kernel<AnyTraits>, {num_blocks, kMaxWarps, shared, false, current_stream(device)},
+         device.device_id, p, window);
+}
+
+}  // namespace
+}  // namespace fi_prefetch
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan, fi_prefetch::plan);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_size, fi_prefetch::workspace_size);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, fi_prefetch::run);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefetch_kv, fi_prefetch::prefetch_kv);

@@ -1,0 +1,71 @@
+// What a decode call is: the tensors, the page table, the scales. Filled by decode.cu on the host and passed by value.
+#pragma once
+
+#include <cstdint>
+
+namespace fi_prefetch {
+
+/// Tokens of one kv head that a warp loads and multiplies in one go (the M of the tensor cores' 16x8x16 product).
+constexpr int kTileTokens = 16;
+
+/// Where the KV cache of a layer lies. Strides and offsets are counted in units of 2^unit_shift bytes (at least 16), so
+/// that one 32-bit number reaches at least 64 GiB; the host refuses larger caches.
+struct KvTensor {
+  const uint8_t* data;
+  uint32_t page_stride;
+  uint32_t token_stride;
+  uint32_t head_stride;
+};
+
+/// FlashInfer's page table: request r owns pages indices[indptr[r]] .. indices[indptr[r + 1] - 1], and last_page_len[r]
+/// tokens are valid in the last of them.
+struct PageTable {
+  const int32_t* indptr;
+  const int32_t* indices;
+  const int32_t* last_page_len;
+  int32_t batch_size;
+  int32_t num_indices;           // length of `indices`: positions are clamped to it
+  int32_t num_pages;             // pages in the cache: page numbers are clamped to it
+  int32_t page_size;             // tokens
+  int32_t page_shift;            // log2(page_size), or -1 where it is no power of two
+  int32_t max_pages_per_request; // so that a length in tokens fits 31 bits
+};
+
+/// The prefetch levers, resolved for this plan (fi_prefetch/prefetch.py decides; units: tiles a warp).
+struct PrefetchLevers {
+  int32_t run_ahead;   // tiles beyond the pipeline; 0 is off
+  int32_t prologue;    // tiles brought into L2 before the dependency wait; 0 is off
+  int32_t early_load;  // 1: start the pipeline before the dependency wait
+  int32_t ready;       // what the caller promises is final before the wait: see Ready
+  int32_t stream;      // 1: KV leaves L2 first once it was read (evict_first)
+};
+
+enum Ready : int32_t { kNothing = 0, kPageTable = 1, kAllButLastToken = 2 };
+
+struct DecodeParams {
+  const void* q;        // [batch * q_len, num_qo_heads, HEAD_DIM], strides in elements
+  int64_t q_stride_n;
+  int64_t q_stride_h;
+  void* o;              // [batch * q_len, num_qo_heads, HEAD_DIM], contiguous
+  float* lse;           // [batch * q_len, num_qo_heads], base 2, or null
+  const float* sinks;   // [num_qo_heads] or null
+  KvTensor k;
+  KvTensor v;
+  int32_t unit_shift;
+  int32_t contiguous_tokens;  // 1: the 16 rows of a tile lie one after the other in memory (HND, pages of 16 and more)
+  PageTable table;
+  int32_t num_qo_heads;
+  int32_t num_kv_heads;
+  int32_t group_size;     // num_qo_heads / num_kv_heads
+  int32_t q_len;          // query tokens per request, the newest of it (bottom-right causal)
+  int32_t window_left;    // tokens before the query's own that it sees; only read with a sliding window
+  float scale_log2;       // sm_scale * log2(e), or log2(e) * logits_soft_cap with a soft cap
+  float inverse_cap;      // sm_scale / logits_soft_cap with a soft cap
+  float v_scale;
+  uint32_t min_tiles_per_warp;  // fewer blocks work when there is less than this to do
+  float* partials;        // [2 * gridDim.x, rows, HEAD_DIM + 4]
+  int32_t* counters;      // [3 * gridDim.x], zero between calls
+  PrefetchLevers levers;
+};
+
+}  // namespace fi_prefetch

@@ -1,0 +1,34 @@
+// The window lever: a kernel of its own that brings the head of every warp's piece of a coming decode call into L2,
+// while the step does something that leaves HBM idle. Nobody waits for it.
+#pragma once
+
+#include "prefetch.cuh"
+
+namespace fi_prefetch {
+
+struct PrefetchKvParams {
+  uint32_t blocks;          // of the decode call whose pieces these are
+  uint32_t warps;           // a block of it
+  uint32_t tiles_per_warp;  // what the L2 budget leaves each of its warps
+  int32_t evict_last;       // 1: ask that the lines stay until they are read
+};
+
+/// Any number of blocks of whole warps; dynamic shared memory: RequestScan::shared_bytes. A few blocks, each standing in
+/// for many of the decode call's: one SM asks for ten times its share of HBM.
+template <typename T>
+__global__ void __launch_bounds__(256) prefetch_kv_kernel(const __grid_constant__ DecodeParams p,
+                                                          const __grid_constant__ PrefetchKvParams window) {
+  ptx::wait_for_dependencies();
+  ptx::launch_dependents();
+  RequestScan scan;
+  scan.build<T::kWindow>(p, ptx::dynamic_shared_memory());
+  const Partition partition = cut(p, scan, window.blocks, window.warps);
+  const uint32_t stride = gridDim.x * warps_per_block();
+  for (uint32_t worker = blockIdx.x * warps_per_block() + warp_index(); worker < partition.workers; worker += stride) {
+    const uint32_t begin = partition.begin(worker);
+    const uint32_t count = min(partition.begin(worker + 1) - begin, window.tiles_per_warp);
+    if (count > 0) prefetch_head_of_piece<T>(p, scan.locate(begin, p.num_kv_heads), count, window.evict_last);
+  }
+}
+
+}  // namespace fi_prefetch

@@ -1,0 +1,164 @@
+// The machine instructions that the kernels use, one thin function each. Everything else in csrc/ is plain CUDA C++,
+// so the same kernels also run on a CPU: tests/emulator/ provides another version of this header, and its include
+// guard of the same name puts that version in the place of this one.
+//
+// Sections named in the comments are those of the PTX ISA (release 9.0).
+#ifndef FI_PREFETCH_PTX_CUH
+#define FI_PREFETCH_PTX_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace fi_prefetch::ptx {
+
+#define FI_PREFETCH_DEVICE __device__ __forceinline__
+
+/// The dynamic shared memory of the block. Aligned so that an address bit below the alignment is an offset bit (the
+/// swizzled tiles are walked with exclusive ors).
+FI_PREFETCH_DEVICE uint8_t* dynamic_shared_memory() {
+  extern __shared__ __align__(1024) uint8_t fi_prefetch_shared_memory[];
+  return fi_prefetch_shared_memory;
+}
+
+/// The 32-bit address of a pointer into shared memory.
+FI_PREFETCH_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- asynchronous copies: cp.async, section 9.7.9.25.3 ------------------------------------------------------------
+
+/// Copies `source_bytes` (0 or 16) to 16 bytes of shared memory and zero-fills the rest; bypasses L1.
+FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :: "r"(destination), "l"(source), "r"(source_bytes) : "memory");
+}
+
+/// The same, under an L2 eviction policy made by one of the functions below.
+FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes,
+                                      uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;"
+               :: "r"(destination), "l"(source), "r"(source_bytes), "l"(policy) : "memory");
+}
+
+/// Closes the group of this thread's copies since the last commit.
+FI_PREFETCH_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// Waits until at most `PENDING` of this thread's newest groups are unfinished.
+template <int PENDING>
+FI_PREFETCH_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+}
+
+// ---- L2: prefetch (9.7.9.15), cp.async.bulk.prefetch (9.7.9.25.4), createpolicy (9.7.9.18) ------------------------
+
+/// Brings the line that holds `address` into L2. A hint: it never faults on a mapped address and returns nothing.
+FI_PREFETCH_DEVICE void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
+}
+
+/// The same, and asks that the line leaves L2 after the others.
+FI_PREFETCH_DEVICE void prefetch_l2_evict_last(const void* address) {
+  asm volatile("prefetch.global.L2::evict_last [%0];" :: "l"(address));
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+/// Brings `bytes` (a multiple of 16) from a 16-byte aligned address into L2.
+FI_PREFETCH_DEVICE void bulk_prefetch_l2(const void* address, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(address), "r"(bytes));
+}
+#endif
+
+FI_PREFETCH_DEVICE uint64_t policy_evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+FI_PREFETCH_DEVICE uint64_t policy_evict_normal() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// ---- programmatic dependent launch: griddepcontrol, section 9.7.13.13 (nothing before sm_90) ----------------------
+
+/// Returns when the grids that this one depends on have finished and their writes are visible.
+FI_PREFETCH_DEVICE void wait_for_dependencies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Lets the grids that depend on this one start (they still wait for its end before they read what it writes).
+FI_PREFETCH_DEVICE void launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ---- matrices: ldmatrix (9.7.14.5.15), movmatrix (9.7.14.5.17), mma.m16n8k16 (9.7.14.5.8) -------------------------
+// In an 8x8 matrix of 16-bit elements lane l holds row l/4, columns 2*(l%4) and 2*(l%4)+1, the first in the low half.
+
+/// Four 8x8 matrices; lane l gives the address of row l%8 of matrix l/8 (16 bytes, 16-byte aligned).
+FI_PREFETCH_DEVICE void load_matrix_x4(uint32_t (&r)[4], uint32_t row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row_address) : "memory");
+}
+
+/// The same with every matrix transposed.
+FI_PREFETCH_DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row_address) : "memory");
+}
+
+/// The transpose of one 8x8 matrix that the warp holds in registers.
+FI_PREFETCH_DEVICE uint32_t transpose_matrix(uint32_t r) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(r));
+  return transposed;
+}
+
+/// d += a b with a 16x16 (row), b 16x8 (column), float accumulators. T is __nv_bfloat16 or __half.
+/// a: rows l/4 and l/4+8 (a0, a1), the same at k+8 (a2, a3); k = 2*(l%4), +1. b: column l/4, the same k (b0), k+8 (b1).
+/// d: rows l/4 (d0, d1) and l/4+8 (d2, d3), columns 2*(l%4), +1.
+template <typename T>
+FI_PREFETCH_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+FI_PREFETCH_DEVICE void multiply_add<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+FI_PREFETCH_DEVICE void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- arithmetic ---------------------------------------------------------------------------------------------------
+
+/// 2^x to about 2 ulp, denormals flushed; 0 for -inf (ex2.approx.ftz, section 9.7.3.21).
+FI_PREFETCH_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// log2(x), absolute error 2^-22 in [0.5, 2], relative 2^-22 elsewhere (lg2.approx, section 9.7.3.20).
+FI_PREFETCH_DEVICE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace fi_prefetch::ptx
+
+#endif

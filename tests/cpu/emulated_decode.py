@@ -1,0 +1,267 @@
+"""The decode kernel of csrc/decode.cuh, run on the CPU by tests/emulator: real source, real launch parameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from emulator import build as emulator
+
+LOG2E = math.log2(math.e)
+CUDA_TYPES = {
+    torch.bfloat16: "__nv_bfloat16",
+    torch.float16: "__half",
+    torch.float8_e4m3fn: "__nv_fp8_e4m3",
+    torch.float8_e5m2: "__nv_fp8_e5m2",
+}
+SOURCE = r"""
+#include "decode.cuh"
+#include "prefetch_kv.cuh"
+using namespace fi_prefetch;
+using T = DecodeTraits<TEST_Q, TEST_KV, TEST_O, TEST_HEAD_DIM, TEST_ROW_TILES, TEST_STAGES, TEST_WINDOW, TEST_SOFT_CAP>;
+
+static KvTensor tensor(const uint8_t* data, const int64_t* strides) {
+  return {data, uint32_t(strides[0]), uint32_t(strides[1]), uint32_t(strides[2])};
+}
+
+static DecodeParams params(const void* q, void* o, float* lse, const float* sinks, const uint8_t* k, const uint8_t* v,
+                           const int32_t* indptr, const int32_t* indices, const int32_t* last_page_len, float* partials,
+                           int32_t* counters, const int64_t* n, const double* x) {
+  DecodeParams p{};
+  p.q = q; p.q_stride_n = n[0]; p.q_stride_h = n[1];
+  p.o = o; p.lse = lse; p.sinks = sinks;
+  p.k = tensor(k, n + 2); p.v = tensor(v, n + 5);
+  p.unit_shift = n[8]; p.contiguous_tokens = n[9];
+  p.table = {indptr, indices, last_page_len, int32_t(n[10]), int32_t(n[11]), int32_t(n[12]), int32_t(n[13]),
+             int32_t(n[14]), int32_t(0x7fffffff / n[13])};
+  p.num_qo_heads = n[15]; p.num_kv_heads = n[16]; p.group_size = n[15] / n[16]; p.q_len = n[17];
+  p.window_left = n[18]; p.min_tiles_per_warp = n[19];
+  p.scale_log2 = x[0]; p.inverse_cap = x[1]; p.v_scale = x[2];
+  p.partials = partials; p.counters = counters;
+  p.levers = {int32_t(n[20]), int32_t(n[21]), int32_t(n[22]), int32_t(n[23]), int32_t(n[24])};
+  return p;
+}
+
+EMULATOR_EXPORT const char* decode(const void* q, void* o, float* lse, const float* sinks, const uint8_t* k,
+                                   const uint8_t* v, const int32_t* indptr, const int32_t* indices,
+                                   const int32_t* last_page_len, float* partials, int32_t* counters, const int64_t* n,
+                                   const double* x, int64_t blocks, int64_t warps, int64_t seed, int64_t resident,
+                                   void (*dependencies_end)()) {
+  const DecodeParams p = params(q, o, lse, sinks, k, v, indptr, indices, last_page_len, partials, counters, n, x);
+  uint32_t bytes = SharedMemory<T>::bytes(warps, p.group_size * p.q_len);
+  return emulator::launch({.grid = dim3(blocks), .block = dim3(32 * warps), .shared_bytes = bytes,
+                           .seed = uint64_t(seed), .resident_blocks = int(resident),
+                           .dependencies_end = dependencies_end}, decode_kernel<T>, p);
+}
+
+EMULATOR_EXPORT const char* prefetch_kv(const void* q, void* o, float* lse, const float* sinks, const uint8_t* k,
+                                        const uint8_t* v, const int32_t* indptr, const int32_t* indices,
+                                        const int32_t* last_page_len, float* partials, int32_t* counters,
+                                        const int64_t* n, const double* x, int64_t blocks, int64_t warps, int64_t seed,
+                                        int64_t tiles, int64_t evict_last, int64_t own_blocks) {
+  const DecodeParams p = params(q, o, lse, sinks, k, v, indptr, indices, last_page_len, partials, counters, n, x);
+  return emulator::launch({.grid = dim3(own_blocks), .block = dim3(256),
+                           .shared_bytes = RequestScan::shared_bytes(p.table.batch_size), .seed = uint64_t(seed),
+                           .resident_blocks = 2},
+                          prefetch_kv_kernel<T>, p, PrefetchKvParams{uint32_t(blocks), uint32_t(warps), uint32_t(tiles),
+                                                                     int32_t(evict_last)});
+}
+"""
+
+
+def stage_count(head_dim: int, kv_dtype: torch.dtype) -> int:
+    """What csrc/decode.cu compiles: about 24 KB of ring a warp."""
+    return min(max(24576 // (2 * 16 * head_dim * kv_dtype.itemsize), 3), 8)
+
+
+@dataclass
+class Problem:
+    """One decode call on CPU tensors. k and v: [pages, page_size, heads, head_dim] views with any strides."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    indptr: torch.Tensor
+    indices: torch.Tensor
+    last_page_len: torch.Tensor
+    q_len: int = 1
+    window_left: int = -1
+    soft_cap: float = 0.0
+    sm_scale: float | None = None
+    v_scale: float = 1.0
+    sinks: torch.Tensor | None = None
+    o_dtype: torch.dtype | None = None
+    levers: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)  # run_ahead, prologue, early_load, ready, stream
+    blocks: int = 5
+    warps: int = 4
+    min_tiles: int = 1
+    seed: int = 0
+    resident: int = 3
+    stages: int | None = None
+    dependencies_end: object = None
+    with_lse: bool = True
+    guard: dict = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return self.q.shape[1] // self.k.shape[2] * self.q_len
+
+
+def library(problem: Problem):
+    head_dim = problem.q.shape[2]
+    return emulator.build(
+        "decode",
+        SOURCE,
+        {
+            "TEST_Q": CUDA_TYPES[problem.q.dtype],
+            "TEST_KV": CUDA_TYPES[problem.k.dtype],
+            "TEST_O": CUDA_TYPES[problem.o_dtype or problem.q.dtype],
+            "TEST_HEAD_DIM": head_dim,
+            "TEST_ROW_TILES": -(-problem.rows // 8),
+            "TEST_STAGES": problem.stages or stage_count(head_dim, problem.k.dtype),
+            "TEST_WINDOW": int(problem.window_left >= 0),
+            "TEST_SOFT_CAP": int(problem.soft_cap > 0),
+        },
+    )
+
+
+def numpy_view(x: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as bytes-compatible integers, strides kept (numpy has no bfloat16)."""
+    return x.view({1: torch.uint8, 2: torch.int16, 4: x.dtype}[x.element_size()]).numpy()
+
+
+def storage(x: torch.Tensor) -> np.ndarray:
+    """All the memory under a view, as bytes from the view's first element on."""
+    raw = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+    return raw.numpy()[x.storage_offset() * x.element_size() :]
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor full of NaN between two guard areas, and the whole buffer."""
+    count, guard = math.prod(shape), 64
+    buffer = torch.full((count + 2 * guard,), float("nan"), dtype=dtype)
+    return buffer[guard : guard + count].view(shape), buffer
+
+
+def arguments(problem: Problem):
+    p = problem
+    o, o_buffer = guarded(tuple(p.q.shape), p.o_dtype or p.q.dtype)
+    lse, lse_buffer = guarded(tuple(p.q.shape[:2]), torch.float32)
+    stride = p.q.shape[2] + 4
+    partials, partials_buffer = guarded((2 * p.blocks * p.rows * stride,), torch.float32)
+    counters = torch.zeros(3 * p.blocks + 32, dtype=torch.int32)
+    itemsize = p.k.element_size()
+    byte_strides = [s * itemsize for t in (p.k, p.v) for s in (t.stride(0), t.stride(1), t.stride(2))]
+    unit_shift = min((s & -s).bit_length() - 1 for s in byte_strides if s > 0)
+    page_size = p.k.shape[1]
+    n = np.array(
+        [p.q.stride(0), p.q.stride(1), *(s >> unit_shift for s in byte_strides), unit_shift,
+         int(page_size % 16 == 0 and p.k.stride(1) == p.k.shape[3] and p.v.stride(1) == p.v.shape[3]),
+         len(p.last_page_len), len(p.indices), p.k.shape[0], page_size,
+         page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else -1,
+         p.q.shape[1], p.k.shape[2], p.q_len, p.window_left, p.min_tiles, *p.levers],
+        dtype=np.int64,
+    )  # fmt: skip
+    sm_scale = p.sm_scale if p.sm_scale is not None else p.q.shape[2] ** -0.5
+    scale, inverse_cap = (LOG2E * p.soft_cap, sm_scale / p.soft_cap) if p.soft_cap > 0 else (LOG2E * sm_scale, 0.0)
+    x = np.array([scale, inverse_cap, p.v_scale], dtype=np.float64)
+    sinks = None if p.sinks is None else p.sinks.numpy()
+    memory = [storage(p.q), o_buffer.view(torch.uint8).numpy(), lse_buffer.numpy(), storage(p.k), storage(p.v),
+              p.indptr.numpy(), p.indices.numpy(), p.last_page_len.numpy(), partials_buffer.numpy(), counters.numpy()]  # fmt: skip
+    if sinks is not None:
+        memory.append(sinks)
+    call = [storage(p.q), numpy_view(o), lse.numpy() if p.with_lse else None, sinks, storage(p.k), storage(p.v),
+            p.indptr.numpy(), p.indices.numpy(), p.last_page_len.numpy(), partials.numpy(), counters.numpy(), n, x]  # fmt: skip
+    return call, memory, o, lse, counters, (o_buffer, lse_buffer, partials_buffer)
+
+
+def run(problem: Problem):
+    """(o, lse, statistics). Raises where the kernel breaks a rule, leaves a counter set or writes beyond its tensors."""
+    lib = library(problem)
+    call, memory, o, lse, counters, buffers = arguments(problem)
+    emulator.register(lib, *memory)
+    emulator.call(lib, "decode", *call, problem.blocks, problem.warps, problem.seed, problem.resident,
+                  problem.dependencies_end)  # fmt: skip
+    assert not counters.any(), f"counters left at {counters.tolist()}"
+    for buffer in buffers:
+        assert buffer[:64].isnan().all() and buffer[-64:].isnan().all(), "a guard area was written"
+    return o, lse, lib
+
+
+def prefetch_kv(problem: Problem, tiles: int, evict_last: bool = True, own_blocks: int = 2):
+    """Runs the window op; returns the list of its prefetches."""
+    lib = library(problem)
+    call, memory, *_ = arguments(problem)
+    emulator.register(lib, *memory)
+    emulator.call(lib, "prefetch_kv", *call, problem.blocks, problem.warps, problem.seed, tiles, int(evict_last),
+                  own_blocks)  # fmt: skip
+    return emulator.prefetches(lib)
+
+
+def reference(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in float64, request by request, written from the definition."""
+    p = problem
+    batch, heads, head_dim = len(p.last_page_len), p.q.shape[1], p.q.shape[2]
+    group = heads // p.k.shape[2]
+    sm_scale = p.sm_scale if p.sm_scale is not None else head_dim**-0.5
+    o = torch.zeros(p.q.shape, dtype=torch.float64)
+    lse = torch.full(p.q.shape[:2], -math.inf, dtype=torch.float64)
+    for r in range(batch):
+        pages = p.indices[p.indptr[r] : p.indptr[r + 1]].long()
+        if len(pages) == 0:
+            continue
+        length = (len(pages) - 1) * p.k.shape[1] + int(p.last_page_len[r])
+        k = p.k[pages].double().flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+        v = p.v[pages].double().flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+        for i in range(p.q_len):
+            row = r * p.q_len + i
+            position = length - p.q_len + i
+            scores = torch.einsum("hd,thd->ht", p.q[row].double(), k) * sm_scale
+            if p.soft_cap > 0:
+                scores = p.soft_cap * torch.tanh(scores / p.soft_cap)
+            t = torch.arange(length)
+            visible = t <= position
+            if p.window_left >= 0:
+                visible &= t >= position - p.window_left
+            if not visible.any():
+                continue
+            scores[:, ~visible] = -math.inf
+            lse[row] = torch.logsumexp(scores, dim=1) * LOG2E
+            if p.sinks is not None:
+                scores = torch.cat([scores, p.sinks.double()[:, None]], dim=1)
+            weights = torch.softmax(scores, dim=1)[:, :length]
+            o[row] = torch.einsum("ht,thd->hd", weights, v) * p.v_scale
+    return o, lse
+
+
+def make_problem(lengths, heads_q=4, heads_kv=1, head_dim=128, page_size=1, dtype=torch.bfloat16, kv_dtype=None, hnd=False,
+                 one_tensor=False, seed=0, **options) -> Problem:  # fmt: skip
+    """Random data; pages shuffled; the unused tail of every last page is NaN, which must never matter."""
+    generator = torch.Generator().manual_seed(seed)
+    q_len = options.get("q_len", 1)
+    kv_dtype = kv_dtype or dtype
+    pages = [-(-length // page_size) for length in lengths]
+    total = sum(pages) + 2
+    shape = (total, heads_kv, page_size, head_dim) if hnd else (total, page_size, heads_kv, head_dim)
+    if one_tensor:
+        kv = torch.randn((total, 2, *shape[1:]), generator=generator).to(kv_dtype)
+        k, v = kv[:, 0], kv[:, 1]
+    else:
+        k = torch.randn(shape, generator=generator).to(kv_dtype)
+        v = torch.randn(shape, generator=generator).to(kv_dtype)
+    if hnd:
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    order = torch.randperm(total, generator=generator).int()
+    indptr = torch.tensor([0, *np.cumsum(pages)], dtype=torch.int32)
+    last = torch.tensor([(n - 1) % page_size + 1 if n else 0 for n in lengths], dtype=torch.int32)
+    used = torch.zeros(total, page_size, dtype=torch.bool)
+    for r, length in enumerate(lengths):
+        for i, page in enumerate(order[indptr[r] : indptr[r + 1]].tolist()):
+            used[page, : min(page_size, length - i * page_size)] = True
+    for x in (k, v):
+        x.copy_(torch.where(used[:, :, None, None], x.float(), float("nan")).to(kv_dtype))
+    q = torch.randn(len(lengths) * q_len, heads_q, head_dim, generator=generator).to(dtype)
+    return Problem(q, k, v, indptr, order[: indptr[-1]].clone(), last, **options)

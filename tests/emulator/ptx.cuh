@@ -1,0 +1,202 @@
+// csrc/ptx.cuh for the emulator: the same functions, each as the PTX ISA defines it. The guard is that header's, so
+// that a kernel's own #include "ptx.cuh" finds it already defined.
+#ifndef FI_PREFETCH_PTX_CUH
+#define FI_PREFETCH_PTX_CUH
+
+#include "cuda_on_cpu.h"
+
+#define FI_PREFETCH_DEVICE inline
+
+namespace fi_prefetch::ptx {
+
+using emulator::current;
+using emulator::machine;
+using emulator::Warp;
+
+FI_PREFETCH_DEVICE uint8_t* dynamic_shared_memory() { return current->warp->block->shared; }
+
+FI_PREFETCH_DEVICE uint32_t shared_address(const void* pointer, Site site = Site::current()) {
+  const ptrdiff_t offset = static_cast<const uint8_t*>(pointer) - current->warp->block->shared;
+  if (offset < 0 || offset > static_cast<ptrdiff_t>(machine.launch.shared_bytes)) {
+    emulator::fail(site, "shared_address: %p is not in the block's shared memory", pointer);
+  }
+  return emulator::kSharedBase + static_cast<uint32_t>(offset);
+}
+
+// ---- asynchronous copies ------------------------------------------------------------------------------------------
+
+FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes,
+                                      Site site = Site::current()) {
+  emulator::copy_async(destination, source, source_bytes, site);
+}
+
+constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x14F0000000000000;
+FI_PREFETCH_DEVICE uint64_t policy_evict_first() { return kEvictFirst; }
+FI_PREFETCH_DEVICE uint64_t policy_evict_normal() { return kEvictNormal; }
+
+FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes,
+                                      uint64_t policy, Site site = Site::current()) {
+  if (policy != kEvictFirst && policy != kEvictNormal) emulator::fail(site, "copy_async_16: not an L2 policy");
+  machine.statistics.copies_evict_first += policy == kEvictFirst;
+  emulator::copy_async(destination, source, source_bytes, site);
+}
+
+FI_PREFETCH_DEVICE void copy_async_commit() { current->groups_committed += 1; }
+
+template <int PENDING>
+FI_PREFETCH_DEVICE void copy_async_wait() {
+  emulator::wait_for_copies(PENDING);
+}
+
+// ---- L2 -----------------------------------------------------------------------------------------------------------
+
+FI_PREFETCH_DEVICE void prefetch_l2(const void* address, Site site = Site::current()) {
+  emulator::check_global("prefetch_l2", address, 1, 1, site);
+  emulator::record_prefetch(address, 128, false);
+}
+
+FI_PREFETCH_DEVICE void prefetch_l2_evict_last(const void* address, Site site = Site::current()) {
+  emulator::check_global("prefetch_l2_evict_last", address, 1, 1, site);
+  emulator::record_prefetch(address, 128, true);
+}
+
+FI_PREFETCH_DEVICE void bulk_prefetch_l2(const void* address, uint32_t bytes, Site site = Site::current()) {
+  if (bytes % 16) emulator::fail(site, "bulk_prefetch_l2: %u bytes are not a multiple of 16", bytes);
+  emulator::check_global("bulk_prefetch_l2", address, bytes, 16, site);
+  emulator::record_prefetch(address, bytes, false);
+}
+
+// ---- programmatic dependent launch --------------------------------------------------------------------------------
+
+FI_PREFETCH_DEVICE void wait_for_dependencies(Site site = Site::current()) {
+  machine.statistics.waits_for_dependencies += 1;
+  if (!machine.dependencies_ended) {
+    Warp& warp = *current->warp;
+    current->wait = {"wait_for_dependencies", 0, site};
+    warp.ready &= ~current->bit();
+    warp.at_dependencies |= current->bit();
+    emulator::suspend();
+  }
+  current->waited_for_dependencies = true;
+}
+
+FI_PREFETCH_DEVICE void launch_dependents() {
+  machine.statistics.launches_of_dependents += 1;
+  current->launched_dependents = true;
+}
+
+// ---- matrices -----------------------------------------------------------------------------------------------------
+
+struct MatrixLoad {
+  uint32_t address;
+  uint32_t* r;
+};
+
+FI_PREFETCH_DEVICE void load_matrix(const char* operation, bool transposed, uint32_t (&r)[4], uint32_t row_address,
+                                    Site site) {
+  MatrixLoad mine{row_address, r};
+  emulator::collective(operation, ~0u, &mine, site, [&](Warp& warp) {
+    machine.statistics.matrix_loads += 1;
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t elements[8][8];
+      int rows_of_bank[8] = {}, cycles = 1;  // a row of 16 bytes fills one of eight groups of four banks
+      for (int row = 0; row < 8; ++row) {
+        const uint32_t address = static_cast<MatrixLoad*>(warp.lanes[matrix * 8 + row].operands)->address;
+        memcpy(elements[row], emulator::shared_pointer(operation, address, 16, site), 16);
+        bool again = false;  // the same address twice is one access
+        for (int r = 0; r < row; ++r) {
+          again |= static_cast<MatrixLoad*>(warp.lanes[matrix * 8 + r].operands)->address == address;
+        }
+        if (!again) cycles = std::max(cycles, ++rows_of_bank[address / 16 % 8]);
+      }
+      machine.statistics.matrix_load_conflicts += cycles - 1;
+      for (int l = 0; l < 32; ++l) {
+        const int i = l / 4, j = l % 4 * 2;
+        const uint32_t low = transposed ? elements[j][i] : elements[i][j];
+        const uint32_t high = transposed ? elements[j + 1][i] : elements[i][j + 1];
+        static_cast<MatrixLoad*>(warp.lanes[l].operands)->r[matrix] = high << 16 | low;
+      }
+    }
+  });
+}
+
+FI_PREFETCH_DEVICE void load_matrix_x4(uint32_t (&r)[4], uint32_t row_address, Site site = Site::current()) {
+  load_matrix("load_matrix_x4", false, r, row_address, site);
+}
+
+FI_PREFETCH_DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t row_address,
+                                                  Site site = Site::current()) {
+  load_matrix("load_matrix_x4_transposed", true, r, row_address, site);
+}
+
+FI_PREFETCH_DEVICE uint32_t transpose_matrix(uint32_t r, Site site = Site::current()) {
+  emulator::collective("transpose_matrix", ~0u, &r, site, [](Warp& warp) {
+    uint16_t elements[8][8];
+    for (int l = 0; l < 32; ++l) memcpy(&elements[l / 4][l % 4 * 2], warp.lanes[l].operands, 4);
+    for (int l = 0; l < 32; ++l) {
+      const int i = l / 4, j = l % 4 * 2;
+      *static_cast<uint32_t*>(warp.lanes[l].operands) =
+          static_cast<uint32_t>(elements[j + 1][i]) << 16 | elements[j][i];
+    }
+  });
+  return r;
+}
+
+template <typename T>
+inline float element_as_float(uint32_t bits) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return emulator::bits_as<float>(bits << 16);
+  // The exponent of half re-biased by a multiplication, which is right for denormals too; then infinity and NaN.
+  float value = emulator::bits_as<float>((bits & 0x7FFF) << 13) * 0x1p112f;
+  if ((bits & 0x7C00) == 0x7C00) value = emulator::bits_as<float>(0x7F800000 | (bits & 0x3FF) << 13);
+  return bits & 0x8000 ? -value : value;
+}
+
+struct MultiplyAdd {
+  float* d;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+template <typename T>
+FI_PREFETCH_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                     Site site = Site::current()) {
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+  MultiplyAdd mine{d, a, {b0, b1}};
+  emulator::collective("multiply_add", ~0u, &mine, site, [](Warp& warp) {
+    machine.statistics.multiply_adds += 1;
+    float left[16][16], right[16][8], sum[16][8];
+    for (int l = 0; l < 32; ++l) {
+      const MultiplyAdd& lane = *static_cast<MultiplyAdd*>(warp.lanes[l].operands);
+      const int i = l / 4, j = l % 4 * 2;
+      for (int half = 0; half < 2; ++half) {  // of the register: low, high
+        for (int r = 0; r < 4; ++r) {
+          left[i + r % 2 * 8][j + half + r / 2 * 8] = element_as_float<T>(lane.a[r] >> 16 * half & 0xFFFF);
+          if (half == 0) sum[i + r / 2 * 8][j + r % 2] = lane.d[r];
+        }
+        for (int r = 0; r < 2; ++r) right[j + half + r * 8][i] = element_as_float<T>(lane.b[r] >> 16 * half & 0xFFFF);
+      }
+    }
+    for (int m = 0; m < 16; ++m) {
+      for (int k = 0; k < 16; ++k) {
+        for (int n = 0; n < 8; ++n) sum[m][n] += left[m][k] * right[k][n];
+      }
+    }
+    for (int l = 0; l < 32; ++l) {
+      const MultiplyAdd& lane = *static_cast<MultiplyAdd*>(warp.lanes[l].operands);
+      for (int r = 0; r < 4; ++r) lane.d[r] = sum[l / 4 + r / 2 * 8][l % 4 * 2 + r % 2];
+    }
+  });
+}
+
+// ---- arithmetic ---------------------------------------------------------------------------------------------------
+
+FI_PREFETCH_DEVICE float exp2_fast(float x) {
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;  // a NaN stays one
+}
+
+FI_PREFETCH_DEVICE float log2_fast(float x) { return log2f(x); }
+
+}  // namespace fi_prefetch::ptx
+
+#endif
