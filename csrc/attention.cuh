@@ -20,7 +20,9 @@ struct QueryRow {
   bool valid;
 
   FI_PREFETCH_DEVICE QueryRow(const DecodeParams& p, uint32_t n)
-      : token(n / p.group_size), head(n % p.group_size), valid(token < static_cast<uint32_t>(p.q_len)) {}
+      : token(n * p.group_inverse >> 16),
+        head(n - token * p.group_size),
+        valid(token < static_cast<uint32_t>(p.q_len)) {}
 };
 
 /// Row of `o` and `lse` for a query row.

@@ -340,6 +340,7 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> plan_in
   p.q_stride_h = q.stride(1);
   p.num_qo_heads = num_qo_heads;
   p.group_size = num_qo_heads / p.num_kv_heads;
+  p.group_inverse = 65536 / p.group_size + 1;
   p.q_len = q_len;
 
   check_tensor<FI_PREFETCH_DTYPE_O>(o, "out", 3, device);

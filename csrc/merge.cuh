@@ -142,63 +142,49 @@ FI_PREFETCH_DEVICE bool arrive(int32_t* counter, uint32_t expected, uint32_t* fl
   return last;
 }
 
-/// The meeting of the blocks that share a request and head. Beyond 16 blocks it has two levels of about the square root
-/// of their number: one block alone would read all partials at the 100 GB/s that an SM gets from L2.
+/// A block has two places in global memory: for what it shares with blocks before it, and for what begins in it and goes
+/// on after it.
 template <typename T>
-class BlockMerge {
- public:
-  FI_PREFETCH_DEVICE BlockMerge(const DecodeParams& p, const Partition& partition, const Share& share)
-      : p_(p), share_(share), first_block_(partition.owner(share.begin) / warps_per_block()) {
-    blocks_ = partition.owner(share.end - 1) / warps_per_block() - first_block_ + 1;
-    fan_in_ = blocks_;
-    if (blocks_ > 16) {
-      fan_in_ = 5;
-      while (fan_in_ * fan_in_ < blocks_) ++fan_in_;
-    }
+FI_PREFETCH_DEVICE float* block_partial(const DecodeParams& p, uint32_t slot, uint32_t n) {
+  const uint32_t rows = p.group_size * p.q_len;
+  return p.partials + static_cast<size_t>(slot * rows + n) * T::kPartialStride;
+}
+
+/// The meeting of the blocks that share a request and head: counts this block in, and merges if it is the last. Beyond 16
+/// blocks it has two levels of about the square root of their number, since one block alone would read all partials at
+/// the 100 GB/s or so that an SM gets from L2. Collective over the block; `flag` is in shared memory.
+template <typename T>
+FI_PREFETCH_DEVICE void merge_blocks(const DecodeParams& p, const Partition& partition, const Share& share,
+                                     uint32_t* flag) {
+  const uint32_t rows = p.group_size * p.q_len;
+  const uint32_t first_block = partition.owner(share.begin) / warps_per_block();
+  const uint32_t blocks = partition.owner(share.end - 1) / warps_per_block() - first_block + 1;
+  uint32_t fan_in = blocks;
+  if (blocks > 16) {
+    for (fan_in = 5; fan_in * fan_in < blocks;) ++fan_in;
   }
+  const auto slot = [&](uint32_t block) { return 2 * block + (block == first_block); };
 
-  /// Where this block's row n goes.
-  FI_PREFETCH_DEVICE float* own_row(uint32_t n) const { return row(blockIdx.x, n); }
-
-  /// Counts this block in and merges if it is the last one. Collective over the block.
-  FI_PREFETCH_DEVICE void run(uint32_t* flag) const {
-    const uint32_t rows = p_.group_size * p_.q_len;
-    const uint32_t chunk = (blockIdx.x - first_block_) / fan_in_;
-    const uint32_t chunk_first = first_block_ + chunk * fan_in_;
-    const uint32_t chunks = (blocks_ + fan_in_ - 1) / fan_in_;
-    const uint32_t in_chunk = min(fan_in_, blocks_ - chunk * fan_in_);
-    if (!arrive(p_.counters + slot(chunk_first), in_chunk, flag)) return;
-    for (uint32_t n = warp_index(); n < rows; n += warps_per_block()) {
-      const MergedRow<T> merged =
-          merge_row<T, true>(in_chunk, [&](uint32_t i) -> const float* { return row(chunk_first + i, n); });
-      if (chunks == 1) {
-        write_row<T>(p_, share_.request, share_.head, n, merged);
-      } else {
-        write_partial_row<T>(row(chunk_first, n), merged);
-      }
-    }
-    if (chunks == 1) return;
-    if (!arrive(p_.counters + 2 * gridDim.x + first_block_, chunks, flag)) return;
+  // First level: every block of a chunk of fan_in neighbours. Second: the first block's place of every chunk.
+  const uint32_t chunk = (blockIdx.x - first_block) / fan_in;
+  uint32_t first = first_block + chunk * fan_in, step = 1, count = min(fan_in, blocks - chunk * fan_in);
+  int32_t* counter = p.counters + slot(first);
+#pragma unroll 1
+  while (arrive(counter, count, flag)) {
+    const bool done = step * count == blocks || step == fan_in;
     for (uint32_t n = warp_index(); n < rows; n += warps_per_block()) {
       const MergedRow<T> merged = merge_row<T, true>(
-          chunks, [&](uint32_t i) -> const float* { return row(first_block_ + i * fan_in_, n); });
-      write_row<T>(p_, share_.request, share_.head, n, merged);
+          count, [&](uint32_t i) -> const float* { return block_partial<T>(p, slot(first + i * step), n); });
+      if (done) {
+        write_row<T>(p, share.request, share.head, n, merged);
+      } else {
+        write_partial_row<T>(block_partial<T>(p, slot(first), n), merged);
+      }
     }
+    if (done) return;
+    first = first_block, step = fan_in, count = (blocks + fan_in - 1) / fan_in;
+    counter = p.counters + 2 * gridDim.x + first_block;
   }
-
- private:
-  /// A block has two places: for what it shares with blocks before it, and for what begins in it and goes on after it.
-  FI_PREFETCH_DEVICE uint32_t slot(uint32_t block) const { return 2 * block + (block == first_block_); }
-  FI_PREFETCH_DEVICE float* row(uint32_t block, uint32_t n) const {
-    const uint32_t rows = p_.group_size * p_.q_len;
-    return p_.partials + static_cast<size_t>(slot(block) * rows + n) * T::kPartialStride;
-  }
-
-  const DecodeParams& p_;
-  const Share& share_;
-  uint32_t first_block_;
-  uint32_t blocks_;
-  uint32_t fan_in_;
-};
+}
 
 }  // namespace fi_prefetch

@@ -57,6 +57,7 @@ struct DecodeParams {
   int32_t num_qo_heads;
   int32_t num_kv_heads;
   int32_t group_size;     // num_qo_heads / num_kv_heads
+  int32_t group_inverse;  // 65536 / group_size + 1: n * group_inverse >> 16 is n / group_size for the few rows there are
   int32_t q_len;          // query tokens per request, the newest of it (bottom-right causal)
   int32_t window_left;    // tokens before the query's own that it sees; only read with a sliding window
   float scale_log2;       // sm_scale * log2(e), or log2(e) * logits_soft_cap with a soft cap

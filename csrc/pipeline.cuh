@@ -40,7 +40,7 @@ class KvPipeline {
   /// Shared memory of one warp, in bytes.
   static constexpr uint32_t kSharedBytes = T::kStages * (T::kStageBytes + sizeof(TileHeader));
 
-  /// The warp's piece is `count` tiles from position `begin` of the line, which lies at `at`.
+  /// The warp's piece is `count` tiles (perhaps none), from the one at `at` on.
   FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* ring, TileHeader* headers, Location at, uint32_t count)
       : p_(p),
         cursor_(p, at),
@@ -49,7 +49,7 @@ class KvPipeline {
         ring_(ptx::shared_address(ring)),
         count_(count),
         policy_(p.levers.stream ? ptx::policy_evict_first() : ptx::policy_evict_normal()) {
-    load_pages();
+    if (count_ > 0) load_pages();
   }
 
   /// Whether the next tile to issue holds none of its request's `newest` newest tokens.

@@ -70,17 +70,20 @@ struct RequestScan {
     return (batch_size + 31) / 32 * 32 * sizeof(uint32_t);
   }
 
-  /// Collective over the block; ends with a barrier.
+  /// Whether some request has no tiles. Collective over the block; ends with a barrier.
   template <bool WINDOW>
-  FI_PREFETCH_DEVICE void build(const DecodeParams& p, uint8_t* shared) {
+  FI_PREFETCH_DEVICE bool build(const DecodeParams& p, uint8_t* shared) {
     const uint32_t batch_size = p.table.batch_size;
     prefix = reinterpret_cast<uint32_t*>(shared);
     groups = (batch_size + 31) / 32;
+    bool empty = false;
     for (uint32_t group = warp_index(); group < groups; group += warps_per_block()) {
       const uint32_t r = group * 32 + lane_index();
-      prefix[r] = warp_inclusive_sum(r < batch_size ? load_request<WINDOW>(p, r).tiles : 0);
+      const uint32_t tiles = r < batch_size ? load_request<WINDOW>(p, r).tiles : 0;
+      prefix[r] = warp_inclusive_sum(tiles);
+      empty |= r < batch_size && tiles == 0;
     }
-    __syncthreads();
+    return __syncthreads_or(empty);
   }
 
   /// Tiles of one kv head over all requests. Collective over the warp.

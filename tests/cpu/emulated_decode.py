@@ -37,7 +37,8 @@ static DecodeParams params(const void* q, void* o, float* lse, const float* sink
   p.unit_shift = n[8]; p.contiguous_tokens = n[9];
   p.table = {indptr, indices, last_page_len, int32_t(n[10]), int32_t(n[11]), int32_t(n[12]), int32_t(n[13]),
              int32_t(n[14]), int32_t(0x7fffffff / n[13])};
-  p.num_qo_heads = n[15]; p.num_kv_heads = n[16]; p.group_size = n[15] / n[16]; p.q_len = n[17];
+  p.num_qo_heads = n[15]; p.num_kv_heads = n[16]; p.group_size = n[15] / n[16]; p.group_inverse = 65536 / p.group_size + 1;
+  p.q_len = n[17];
   p.window_left = n[18]; p.min_tiles_per_warp = n[19];
   p.scale_log2 = x[0]; p.inverse_cap = x[1]; p.v_scale = x[2];
   p.partials = partials; p.counters = counters;

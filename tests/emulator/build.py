@@ -32,8 +32,8 @@ _PREFETCH_DTYPE = np.dtype(
         ("thread", np.int32),
         ("evict_last", np.int32),
         ("before_dependencies", np.int32),
-        ("reserved", np.int32),
-    ]
+    ],
+    align=True,
 )
 
 
@@ -41,21 +41,22 @@ class EmulationError(AssertionError):
     """The emulator found a fault in the kernel that it ran."""
 
 
-def cuda_include() -> Path:
-    """The folder that holds cuda_runtime.h: from CUDA_HOME, else nvcc on PATH, else NVIDIA's pip packages.
+def cuda_includes() -> list[Path]:
+    """The folders of the CUDA headers: CUDA_HOME's, else those of nvcc on PATH, else those of NVIDIA's pip packages.
 
-    Raises RuntimeError when there is none.
+    Raises RuntimeError when there are none.
     """
-    candidates = [Path(os.environ[name]) / "include" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     if nvcc := shutil.which("nvcc"):
         # nvcc on PATH may be a script or a link; a dry run tells where the toolkit is.
         dry_run = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
-        candidates += [Path(top.strip()) / "include" for top in re.findall(r"^#\$ TOP=(.*)$", dry_run.stderr, re.M)]
-    candidates += sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/include"))
-    for folder in candidates:
-        if (folder / "cuda_runtime.h").is_file() and (folder / "cuda_bf16.h").is_file():
-            return folder.resolve()
-    raise RuntimeError("no CUDA headers: set CUDA_HOME, put nvcc on PATH or install nvidia-cuda-runtime")
+        homes += [Path(top.strip()) for top in re.findall(r"^#\$ TOP=(.*)$", dry_run.stderr, re.M)]
+    packages = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/include"))
+    needed = ("cuda_runtime.h", "crt/host_defines.h", "nv/target")  # three packages, for pip and CUDA 12
+    for folders in [*([home / "include"] for home in homes), packages]:
+        if all(any((folder / name).is_file() for folder in folders) for name in needed):
+            return [folder.resolve() for folder in folders]
+    raise RuntimeError("no CUDA headers: set CUDA_HOME, put nvcc on PATH, or install NVIDIA's runtime, nvcc and cccl")
 
 
 def build(
@@ -81,7 +82,8 @@ def build(
         flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     flags += [f"-D{key}={value}" for key, value in (defines or {}).items()]
     # Force-included: the emulator's ptx.cuh comes first and its guard makes that of csrc/ empty.
-    flags += ["-include", str(EMULATOR / "ptx.cuh"), f"-I{EMULATOR}", f"-I{CSRC}", "-isystem", str(cuda_include())]
+    flags += ["-include", str(EMULATOR / "ptx.cuh"), f"-I{EMULATOR}", f"-I{CSRC}"]
+    flags += [f"-isystem{folder}" for folder in cuda_includes()]
 
     inputs = hashlib.sha256(repr((name, text, compiler, flags)).encode())
     inputs.update(subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout)
@@ -132,6 +134,8 @@ def register(library: ctypes.CDLL, *arrays: np.ndarray) -> None:
     """Makes the arrays' memory all the global memory there is: checked accesses elsewhere are then errors."""
     library.emulator_clear_ranges()
     for array in arrays:
+        if not array.flags.c_contiguous:
+            raise ValueError(f"arrays: expected contiguous memory, got strides {array.strides} of shape {array.shape}")
         library.emulator_add_range(ctypes.c_void_p(array.ctypes.data), ctypes.c_int64(array.nbytes))
 
 

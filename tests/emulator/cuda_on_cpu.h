@@ -40,7 +40,9 @@ inline int __syncthreads_count(int predicate, Site site = Site::current()) {
 }
 
 inline void __syncwarp(uint32_t mask = ~0u, Site site = Site::current()) {
-  emulator::collective("__syncwarp", mask, nullptr, site, [](emulator::Warp&) {});
+  emulator::collective("__syncwarp", mask, nullptr, site, [=](emulator::Warp& warp) {
+    for (uint32_t left = mask; left; left &= left - 1) emulator::publish_copies(warp.lanes[__builtin_ctz(left)]);
+  });
 }
 
 namespace emulator {
@@ -121,25 +123,20 @@ template <typename T>
 inline T __reduce_max_sync(uint32_t mask, T value, Site site = Site::current()) {
   return emulator::reduce("__reduce_max_sync", mask, value, site, [](T a, T b) { return a > b ? a : b; });
 }
-template <typename T>
-inline T __reduce_min_sync(uint32_t mask, T value, Site site = Site::current()) {
-  return emulator::reduce("__reduce_min_sync", mask, value, site, [](T a, T b) { return a < b ? a : b; });
-}
 
 // ---- global memory ------------------------------------------------------------------------------------------------
 
-#define EMULATOR_LOAD(name)                                                     \
+#define EMULATOR_LOAD(name, first)                                              \
   template <typename T>                                                         \
   inline T name(const T* address, Site site = Site::current()) {                \
     emulator::check_global(#name, address, sizeof(T), sizeof(T), site);         \
+    first;                                                                      \
     return *address;                                                            \
   }
-EMULATOR_LOAD(__ldg)
-EMULATOR_LOAD(__ldca)
-EMULATOR_LOAD(__ldcg)
-EMULATOR_LOAD(__ldcs)
-EMULATOR_LOAD(__ldlu)
-EMULATOR_LOAD(__ldcv)
+EMULATOR_LOAD(__ldg, )
+EMULATOR_LOAD(__ldcs, )
+// Through L2, so this may be meant to see what another block writes, even in a loop that waits for it.
+EMULATOR_LOAD(__ldcg, emulator::suspend())
 #undef EMULATOR_LOAD
 
 #define EMULATOR_STORE(name)                                                                           \
@@ -149,20 +146,16 @@ EMULATOR_LOAD(__ldcv)
     emulator::check_dependencies_ended(#name, site);                                                   \
     *address = value;                                                                                  \
   }
-EMULATOR_STORE(__stwb)
 EMULATOR_STORE(__stcg)
 EMULATOR_STORE(__stcs)
-EMULATOR_STORE(__stwt)
 #undef EMULATOR_STORE
 
 inline void emulator_fence() {
   emulator::machine.statistics.fences += 1;
-  emulator::interleave();
+  emulator::suspend();
 }
 inline void __threadfence() { emulator_fence(); }
 inline void __threadfence_block() { emulator_fence(); }
-inline void __threadfence_system() { emulator_fence(); }
-inline void __nanosleep(unsigned) { emulator::interleave(); }
 
 namespace emulator {
 /// Others may run before and after the update, so that what a kernel leaves for after its atomic is seen undone.
@@ -174,10 +167,10 @@ inline T atomic(const char* operation, T* address, Site site, Update&& update) {
     check_dependencies_ended(operation, site);
   }
   machine.statistics.atomics += 1;
-  interleave();
+  suspend();
   const T old = *address;
   *address = update(old);
-  interleave();
+  suspend();
   return old;
 }
 }  // namespace emulator
@@ -188,12 +181,8 @@ inline T atomic(const char* operation, T* address, Site site, Update&& update) {
     return emulator::atomic(#name, address, site, [=](T old) -> T { return updated; });      \
   }
 EMULATOR_ATOMIC(atomicAdd, old + value)
-EMULATOR_ATOMIC(atomicSub, old - value)
 EMULATOR_ATOMIC(atomicExch, value)
 EMULATOR_ATOMIC(atomicMax, (old > value ? old : value))
-EMULATOR_ATOMIC(atomicMin, (old < value ? old : value))
-EMULATOR_ATOMIC(atomicOr, old | value)
-EMULATOR_ATOMIC(atomicAnd, old & value)
 EMULATOR_ATOMIC(atomicInc, old >= value ? 0 : old + 1)
 #undef EMULATOR_ATOMIC
 template <typename T>
@@ -205,12 +194,9 @@ inline T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
-inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline int __clzll(long long x) { return x ? __builtin_clzll(x) : 64; }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
-inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return static_cast<unsigned __int128>(a) * b >> 64; }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
   uint32_t result = 0;
@@ -238,13 +224,9 @@ inline int __float_as_int(float x) { return emulator::bits_as<int>(x); }
 inline uint32_t __float_as_uint(float x) { return emulator::bits_as<uint32_t>(x); }
 
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 #define __expf(x) expf(x)  // macros: glibc declares functions of these names, which it does not export
 #define __logf(x) logf(x)
-#define __log2f(x) log2f(x)
 
 // CUDA's min and max take mixed types, and for floats are fmin and fmax, which prefer a number to a NaN.
 template <typename A, typename B>

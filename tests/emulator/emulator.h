@@ -166,7 +166,8 @@ struct Lane {
   uint3 index{};   // threadIdx
   Wait wait{};
   void* operands = nullptr;
-  std::vector<Copy> copies;  // oldest first; a copy leaves when a wait covers it
+  std::vector<Copy> copies;  // oldest first; a copy leaves when a wait covers it, and then is still ...
+  std::vector<uint8_t*> unpublished;  // ... this lane's own to see, until __syncwarp or a barrier: flags in Block::hidden
   int64_t groups_committed = 0;
   bool waited_for_dependencies = false, launched_dependents = false;
 
@@ -182,14 +183,15 @@ struct Warp {
 };
 
 struct Block {
-  static constexpr size_t kGuardBytes = 1024;
+  static constexpr size_t kGuardBytes = 1024;  // on either side of the shared memory
   static constexpr uint8_t kGuard = 0xA5;
   static constexpr size_t kAlignment = 1024;  // what csrc/ptx.cuh declares of the dynamic shared memory
-  uint3 index{};                             // blockIdx
+  uint3 index{};  // blockIdx
   bool running = false;
   std::unique_ptr<Lane[]> lanes;
   std::vector<Warp> warps;
   std::vector<uint8_t> storage;
+  std::vector<uint8_t> hidden;  // per 16 bytes of shared memory, 1: a copy wrote it that other lanes may not see yet
   uint8_t* shared = nullptr;
   int exited = 0, arrived = 0, votes = 0;
   Wait barrier{};
@@ -222,7 +224,6 @@ struct Prefetch {
   int32_t thread;               // linear index
   int32_t evict_last;           // 0 or 1
   int32_t before_dependencies;  // 0 or 1: this thread had not yet returned from wait_for_dependencies
-  int32_t reserved;
 };
 
 #define EMULATOR_STATISTICS(X)                                                                                    \
@@ -292,7 +293,7 @@ inline Lane* take_lane(Warp& warp) {
   return &warp.lanes[lane];
 }
 
-/// Leaves the current thread; returns when the scheduler resumes it.
+/// Leaves the current thread; returns when the scheduler resumes it. A thread that is ready lets others run before.
 inline void suspend(bool is_done = false) {
   Lane& me = *current;
   if (me.warp->todo) {
@@ -303,8 +304,11 @@ inline void suspend(bool is_done = false) {
   }
 }
 
-/// A moment at which any other thread may run.
-inline void interleave() { suspend(); }
+/// Lets other lanes see what this one's finished copies wrote.
+inline void publish_copies(Lane& lane) {
+  for (uint8_t* hidden : lane.unpublished) *hidden = 0;
+  lane.unpublished.clear();
+}
 
 /// Fails if `me` and `other` each wait for the other, and not in the same collective.
 inline void check_same_collective(const Lane& me, const Lane& other) {
@@ -353,6 +357,7 @@ inline void release_barrier_when_complete(Block& block) {
   block.last_votes = block.votes;
   block.arrived = block.votes = 0;
   for (Warp& warp : block.warps) {
+    for (uint32_t left = warp.at_barrier; left; left &= left - 1) publish_copies(warp.lanes[__builtin_ctz(left)]);
     warp.ready |= warp.at_barrier;
     warp.at_barrier = 0;
   }
@@ -416,6 +421,7 @@ inline void start_block(Block& block, uint3 index) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(block.storage.data()) + Block::kGuardBytes;
   block.shared = reinterpret_cast<uint8_t*>((first / (2 * Block::kAlignment) * 2 + 1) * Block::kAlignment);
   if (block.shared < block.storage.data() + Block::kGuardBytes) block.shared += 2 * Block::kAlignment;
+  block.hidden.assign(bytes / 16, 0);
   memset(block.shared, 0xFF, bytes);  // NaN in every floating-point format, -1 in every integer
 #ifdef __SANITIZE_ADDRESS__
   __asan_poison_memory_region(block.shared - Block::kGuardBytes, Block::kGuardBytes);
@@ -434,6 +440,7 @@ inline void start_block(Block& block, uint3 index) {
       lane.number = l;
       lane.index = {t % extent.x, t / extent.x % extent.y, t / extent.x / extent.y};
       lane.copies.clear();
+      lane.unpublished.clear();
       lane.groups_committed = 0;
       lane.waited_for_dependencies = lane.launched_dependents = false;
       start_fiber(lane.fiber, run_thread, static_cast<int>(t));
@@ -619,6 +626,11 @@ inline void check_dependencies_ended(const char* operation, Site site) {
   }
 }
 
+inline uint8_t& hidden_flag(const uint8_t* shared) {
+  Block& block = *current->warp->block;
+  return block.hidden[(shared - block.shared) / 16];
+}
+
 inline void land(Copy& copy) {
   copy.done = true;
   for (int i = 0; i < 16; ++i) {
@@ -634,6 +646,7 @@ inline void copy_async(uint32_t destination, const void* source, uint32_t bytes,
   uint8_t* p = shared_pointer("copy_async", destination, 16, site);
   if (bytes) check_global("copy_async", source, bytes, 16, site);
   memset(p, 0xFF, 16);
+  hidden_flag(p) = 1;
   Lane& me = *current;
   machine.statistics.copies += 1;
   machine.statistics.copied_bytes += bytes;
@@ -650,6 +663,7 @@ inline void wait_for_copies(int pending_groups) {
   while (due < copies.size() && copies[due].group < current->groups_committed - pending_groups) ++due;
   for (size_t i = 0; i < due; ++i) {
     if (!copies[i].done) land(copies[i]);
+    current->unpublished.push_back(&hidden_flag(copies[i].destination));
   }
   copies.erase(copies.begin(), copies.begin() + due);
 }
@@ -660,7 +674,7 @@ inline void record_prefetch(const void* address, uint32_t bytes, bool evict_last
   machine.prefetches.push_back({reinterpret_cast<uint64_t>(address), bytes,
                                 linear(current->warp->block->index, machine.launch.grid),
                                 linear(current->index, machine.launch.block), evict_last,
-                                !current->waited_for_dependencies, 0});
+                                !current->waited_for_dependencies});
 }
 
 }  // namespace emulator

@@ -102,7 +102,11 @@ FI_PREFETCH_DEVICE void load_matrix(const char* operation, bool transposed, uint
       int rows_of_bank[8] = {}, cycles = 1;  // a row of 16 bytes fills one of eight groups of four banks
       for (int row = 0; row < 8; ++row) {
         const uint32_t address = static_cast<MatrixLoad*>(warp.lanes[matrix * 8 + row].operands)->address;
-        memcpy(elements[row], emulator::shared_pointer(operation, address, 16, site), 16);
+        const uint8_t* p = emulator::shared_pointer(operation, address, 16, site);
+        if (emulator::hidden_flag(p)) {
+          emulator::fail(site, "%s: reads a copy without its wait, or without __syncwarp or a barrier after it", operation);
+        }
+        memcpy(elements[row], p, 16);
         bool again = false;  // the same address twice is one access
         for (int r = 0; r < row; ++r) {
           again |= static_cast<MatrixLoad*>(warp.lanes[matrix * 8 + r].operands)->address == address;
