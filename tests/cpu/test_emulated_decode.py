@@ -1,0 +1,220 @@
+"""The decode kernel's own source, run lane by lane on the CPU, against attention written from its definition."""
+
+import math
+
+import emulated_decode as emulated
+import pytest
+import torch
+from emulated_decode import make_problem
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def assert_right(problem):
+    o, lse, lib = emulated.run(problem)
+    expected, expected_lse = emulated.reference(problem)
+    # One rounding of the result, and one of every probability: 2^-8 of the largest for bf16, 2^-11 for half. With fp8 KV
+    # the probabilities are half, the result is what the query is.
+    epsilon = 2.0**-8 if (problem.o_dtype or problem.q.dtype) is BF16 or problem.q.dtype is BF16 else 2.0**-11
+    scale = expected.abs().amax(dim=2, keepdim=True).clamp_min(1e-3)
+    assert not o.isnan().any(), "an output was not written, or memory behind a request's end was read"
+    assert ((o.double() - expected).abs() / scale).max() < 2 * epsilon
+    empty = expected_lse.isinf()
+    assert (lse[empty] == -math.inf).all()
+    assert (lse[~empty].double() - expected_lse[~empty]).abs().max() < 2e-3 if (~empty).any() else True
+    return o, lse, lib
+
+
+LENGTHS = [0, 1, 15, 16, 17, 33, 100, 257, 0]
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 5, 8, 16, 32, 64])
+@pytest.mark.parametrize("hnd", [False, True], ids=["NHD", "HND"])
+def test_page_sizes_and_layouts(page_size, hnd):
+    assert_right(make_problem(LENGTHS, heads_q=8, heads_kv=2, page_size=page_size, hnd=hnd, one_tensor=page_size % 2 == 0))
+
+
+@pytest.mark.parametrize("group", range(1, 17))
+def test_group_sizes(group):
+    assert_right(make_problem([5, 131, 48], heads_q=2 * group, heads_kv=2, warps=3, blocks=4))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kv_dtype", [None, E4M3, E5M2], ids=["kv=q", "e4m3", "e5m2"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+def test_dtypes_and_head_dims(dtype, kv_dtype, head_dim):
+    assert_right(make_problem([300, 20, 1], heads_q=8, heads_kv=2, dtype=dtype, kv_dtype=kv_dtype, head_dim=head_dim, page_size=4))
+
+
+def test_output_of_another_type_and_no_lse():
+    problem = make_problem([70, 9], heads_q=4, heads_kv=2, o_dtype=F16, with_lse=False)
+    o, lse, _ = emulated.run(problem)
+    assert lse.isnan().all(), "nobody asked for lse"
+    assert (o.double() - emulated.reference(problem)[0]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("window_left", [0, 1, 15, 16, 50, 1000])
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_sliding_window(window_left, q_len):
+    assert_right(make_problem([300, 20, 7, 101], heads_q=4, heads_kv=2, window_left=window_left, q_len=q_len, page_size=16))
+
+
+@pytest.mark.parametrize("q_len", [2, 3, 4, 8])
+def test_several_query_tokens_are_causal_from_the_end(q_len):
+    assert_right(make_problem([300, 20, 8, 101, 16], heads_q=4, heads_kv=2, q_len=q_len))
+
+
+def test_scores_are_scaled_capped_and_sunk():
+    sinks = torch.tensor([-1.0, 0.5, 3.0, 20.0])
+    assert_right(make_problem([300, 20, 7, 0], heads_q=4, heads_kv=2, sinks=sinks, v_scale=0.37, sm_scale=0.2))
+    assert_right(make_problem([300, 20, 7, 0], heads_q=4, heads_kv=2, soft_cap=2.0, sm_scale=0.3))
+    assert_right(make_problem([300, 20, 7, 0], heads_q=4, heads_kv=2, sm_scale=-0.3))
+
+
+def test_huge_scores_do_not_overflow():
+    problem = make_problem([200, 40], heads_q=4, heads_kv=2)
+    problem.q *= 300
+    assert_right(problem)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_numbers_stay_in_the_request_that_owns_them(bad):
+    problem = make_problem([64, 64, 64], heads_q=4, heads_kv=2, page_size=16, blocks=2)
+    clean, _, _ = emulated.run(problem)
+    problem.k[problem.indices[problem.indptr[1]]] = bad
+    problem.v[problem.indices[problem.indptr[1]]] = bad
+    o, _, _ = emulated.run(problem)
+    assert torch.equal(o[0], clean[0]) and torch.equal(o[2], clean[2])
+    assert o[1].isnan().any()
+
+
+@pytest.mark.parametrize("warps", [1, 2, 3, 8])
+@pytest.mark.parametrize("blocks", [1, 2, 17, 40])
+def test_every_cut_into_blocks_and_warps(blocks, warps):
+    """More blocks than 16 for one request: the merge has two levels. More warps than tiles: some have nothing."""
+    for lengths in ([700], [16] * 9, [1], [0, 0], [400, 3, 0, 90]):
+        assert_right(make_problem(lengths, heads_q=4, heads_kv=2, blocks=blocks, warps=warps))
+
+
+def test_the_order_of_execution_does_not_change_a_bit():
+    problem = make_problem([900, 3, 120], heads_q=8, heads_kv=2, blocks=20, warps=4)
+    first = None
+    for seed in range(12):
+        problem.seed, problem.resident = seed, 1 + seed % 20
+        o, lse, _ = emulated.run(problem)
+        if first is None:
+            first = o, lse
+        assert torch.equal(o, first[0]) and torch.equal(lse, first[1])
+
+
+LEVERS = {
+    "run_ahead": (2, 0, 0, 0, 0),
+    "prologue": (0, 3, 0, 0, 0),
+    "prologue, table final": (0, 3, 0, 1, 0),
+    "early load": (0, 0, 1, 2, 0),
+    "all": (3, 2, 1, 2, 1),
+}
+
+
+@pytest.mark.parametrize("levers", LEVERS.values(), ids=LEVERS)
+@pytest.mark.parametrize("hnd", [False, True], ids=["NHD", "HND"])
+def test_no_lever_changes_a_bit(levers, hnd):
+    options = dict(lengths=LENGTHS, heads_q=8, heads_kv=2, page_size=16, hnd=hnd)
+    off, off_lse, _ = emulated.run(make_problem(**options))
+    o, lse, lib = emulated.run(make_problem(**options, levers=levers))
+    assert torch.equal(o, off) and torch.equal(lse, off_lse)
+    if levers[0] or levers[1]:
+        assert emulated.emulator.statistics(lib)["prefetches"] > 0
+
+
+@pytest.mark.parametrize("levers", [(0, 2, 0, 0, 0), (2, 3, 0, 0, 1)])
+def test_the_table_may_change_until_the_dependencies_end(levers):
+    """The kernel before this one rewrites the page table and the lengths after this one's prologue has read them."""
+    options = dict(heads_q=8, heads_kv=2, page_size=4, blocks=6)
+    wanted = make_problem([130, 5, 0, 77], seed=1, **options)
+    problem = make_problem([130, 5, 0, 77], seed=1, levers=levers, **options)
+    final = [x.clone() for x in (problem.indptr, problem.indices, problem.last_page_len)]
+    # Before: other lengths, page numbers far outside of the cache.
+    problem.indptr.copy_(torch.tensor([0, 1, 40, 41, 50], dtype=torch.int32))
+    problem.indices.copy_(torch.randint(-(2**31), 2**31 - 1, problem.indices.shape, dtype=torch.int64).int())
+    problem.last_page_len.copy_(torch.tensor([-7, 400, 0, 2**31 - 1], dtype=torch.int32))
+
+    def finish():
+        for x, value in zip((problem.indptr, problem.indices, problem.last_page_len), final, strict=True):
+            x.copy_(value)
+
+    problem.dependencies_end = finish
+    o, lse, _ = emulated.run(problem)
+    expected, expected_lse, _ = emulated.run(wanted)
+    assert torch.equal(o, expected) and torch.equal(lse, expected_lse)
+
+
+def test_the_newest_token_may_be_written_until_the_dependencies_end():
+    problem = make_problem([130, 5, 16, 77, 1], heads_q=8, heads_kv=2, page_size=4, levers=(0, 2, 1, 2, 0))
+    expected, _, _ = emulated.run(make_problem([130, 5, 16, 77, 1], heads_q=8, heads_kv=2, page_size=4))
+    places = []
+    for r, length in enumerate([130, 5, 16, 77, 1]):
+        page = int(problem.indices[problem.indptr[r] + (length - 1) // 4])
+        places.append((page, (length - 1) % 4, problem.k[page, (length - 1) % 4].clone(), problem.v[page, (length - 1) % 4].clone()))
+        problem.k[page, (length - 1) % 4] = math.nan
+        problem.v[page, (length - 1) % 4] = math.nan
+
+    def finish():
+        for page, slot, k, v in places:
+            problem.k[page, slot] = k
+            problem.v[page, slot] = v
+
+    problem.dependencies_end = finish
+    assert torch.equal(emulated.run(problem)[0], expected)
+
+
+def test_no_content_of_the_page_table_reads_outside_the_cache():
+    """Garbage in, garbage out; but every access stays inside (the emulator checks each) and the kernel ends."""
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(8):
+        problem = make_problem([130, 5, 0, 77], heads_q=8, heads_kv=2, page_size=4, levers=(1, 2, 0, 0, 0), seed=seed)
+        for x in (problem.indptr, problem.indices, problem.last_page_len):
+            x.copy_(torch.randint(-(2**31), 2**31 - 1, x.shape, dtype=torch.int64, generator=generator).int())
+        lib = emulated.library(problem)
+        call, memory, *_ = emulated.arguments(problem)
+        emulated.emulator.register(lib, *memory)
+        emulated.emulator.call(lib, "decode", *call, problem.blocks, problem.warps, seed, 3, None)
+
+
+def test_matrices_are_read_without_bank_conflicts():
+    for options in ({"head_dim": 64, "kv_dtype": E4M3}, {"head_dim": 64}, {"kv_dtype": E4M3}, {}, {"head_dim": 256}):
+        _, _, lib = emulated.run(make_problem([100], **options))
+        assert emulated.emulator.statistics(lib)["matrix_load_conflicts"] == 0
+
+
+@pytest.mark.parametrize("hnd", [False, True], ids=["NHD", "HND"])
+def test_window_op_asks_for_the_head_of_every_piece(hnd):
+    problem = make_problem([64, 48], heads_q=4, heads_kv=2, page_size=16, hnd=hnd, blocks=2, warps=2)
+    tile_rows = 16 * 2  # K and V
+    asked = emulated.prefetch_kv(problem, tiles=1)
+    assert len(asked) == 2 * 2 * tile_rows * 2  # blocks, warps, two lines a row
+    assert all(a["evict_last"] for a in asked)
+    everything = emulated.prefetch_kv(problem, tiles=100)
+    rows = (64 + 48) * 2 * 2  # tokens, heads, K and V
+    assert len(everything) == rows * 2
+    assert len({int(a["address"]) for a in everything}) == rows * 2, "each line once"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    lengths=st.lists(st.integers(0, 400), min_size=1, max_size=40),
+    page_size=st.sampled_from([1, 3, 16]),
+    heads_kv=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 4, 7]),
+    blocks=st.integers(1, 24),
+    warps=st.integers(1, 8),
+    min_tiles=st.integers(1, 3),
+    seed=st.integers(0, 2**20),
+)
+def test_any_batch(lengths, page_size, heads_kv, group, blocks, warps, min_tiles, seed):
+    assert_right(
+        make_problem(lengths, heads_q=heads_kv * group, heads_kv=heads_kv, page_size=page_size, blocks=blocks, warps=warps,
+                     min_tiles=min_tiles, seed=seed, levers=(seed % 3, seed % 4, 0, 0, seed % 2))
+    )  # fmt: skip
