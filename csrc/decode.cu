@@ -40,6 +40,7 @@ using Traits = DecodeTraits<FI_PREFETCH_DTYPE_Q, FI_PREFETCH_DTYPE_KV, FI_PREFET
                             ROW_TILES, stage_count(), kWindow, kSoftCap>;
 using AnyTraits = Traits<1>;
 
+/// Query rows of a kv head. Their sums fill the registers: 32 rows of 128 dimensions already spill (192 bytes).
 constexpr int kMaxRows = 16;
 constexpr int kMaxWarps = 8;
 constexpr int kMaxBlocks = 1024;  // two levels of a merge take 32 * 32
@@ -285,13 +286,13 @@ struct Launch {
   cudaStream_t stream;
 };
 
-template <typename... Params>
-void launch(void (*kernel)(Params...), const Launch& l, int device, const Params&... params) {
-  // The attribute belongs to the function and the device, and is as good set twice as once.
+template <auto KERNEL, typename... Params>
+void launch(const Launch& l, int device, const Params&... params) {
+  // One memory of it a kernel and device. Two threads may both set it: as good as once.
   constexpr int kDevices = 64;
   static std::atomic<uint32_t> shared_limit[kDevices];
   if (device >= kDevices || shared_limit[device].load(std::memory_order_relaxed) < l.shared) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared),
+    check_cuda(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared),
                "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
     if (device < kDevices) shared_limit[device].store(l.shared, std::memory_order_relaxed);
   }
@@ -305,7 +306,7 @@ void launch(void (*kernel)(Params...), const Launch& l, int device, const Params
   config.stream = l.stream;
   config.attrs = &attribute;
   config.numAttrs = l.enable_pdl ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, params...), "cudaLaunchKernelEx");
+  check_cuda(cudaLaunchKernelEx(&config, KERNEL, params...), "cudaLaunchKernelEx");
 }
 
 /// FlashInfer's run up to enable_pdl; then what this kernel takes besides. `counters`: int32, zero before the first run,
@@ -404,9 +405,9 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> plan_in
   tvm::ffi::CUDADeviceGuard guard(device.device_id);
   const Launch l{made.blocks, made.warps, shared_bytes(made.warps, rows), enable_pdl, current_stream(device)};
   if (rows <= 8) {
-    launch(decode_kernel<Traits<1>>, l, device.device_id, p);
+    launch<decode_kernel<Traits<1>>>(l, device.device_id, p);
   } else {
-    launch(decode_kernel<Traits<2>>, l, device.device_id, p);
+    launch<decode_kernel<Traits<2>>>(l, device.device_id, p);
   }
 }
 
@@ -433,8 +434,8 @@ void prefetch_kv(Array<int64_t> plan_info, TensorView k, TensorView v, TensorVie
   const PrefetchKvParams window{static_cast<uint32_t>(made.blocks), static_cast<uint32_t>(made.warps),
                                 static_cast<uint32_t>(std::min<int64_t>(tiles, 1 << 24)), evict_last};
   tvm::ffi::CUDADeviceGuard guard(device.device_id);
-  launch(prefetch_kv_kernel<AnyTraits>, {num_blocks, kMaxWarps, shared, false, current_stream(device)},
-         device.device_id, p, window);
+  launch<prefetch_kv_kernel<AnyTraits>>({num_blocks, kMaxWarps, shared, false, current_stream(device)},
+                                        device.device_id, p, window);
 }
 
 }  // namespace

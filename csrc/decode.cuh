@@ -51,7 +51,7 @@ struct Piece {
   Partition partition{0, 1};
   uint32_t begin = 0;
   uint32_t count = 0;
-  Location at{0, 0};  // of `begin`, if count > 0
+  Location at;  // of `begin`, if count > 0
   bool some_request_is_empty = false;
 };
 
@@ -209,11 +209,15 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   const int count = static_cast<int>(piece.count);
 #pragma unroll 1
   for (int i = issued - (T::kStages - 1); i < count; ++i) {  // below 0: the ring is being filled
-    if (i >= 0) pipeline.wait();
+    TileHeader header;
+    if (i >= 0) {
+      __syncwarp();  // the header: lane 0 wrote it
+      header = pipeline.header(stage);
+      if (header.first) attention.start(header.request, header.head);  // its loads fly while the tile's still do
+      pipeline.wait();
+    }
     pipeline.issue();
     if (i < 0) continue;
-    const TileHeader header = pipeline.header(stage);
-    if (header.first) attention.start(header.request, header.head);
     attention.add_tile(pipeline.k_tile(stage), pipeline.v_tile(stage), header.token, header.length);
     if (header.last) put_away<T>(p, piece, header, piece.begin + i, attention, shared);
     stage = pipeline.next(stage);

@@ -41,9 +41,10 @@ class KvPipeline {
   static constexpr uint32_t kSharedBytes = T::kStages * (T::kStageBytes + sizeof(TileHeader));
 
   /// The warp's piece is `count` tiles (perhaps none), from the one at `at` on.
-  FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* ring, TileHeader* headers, Location at, uint32_t count)
+  FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* ring, TileHeader* headers, const Location& at,
+                                uint32_t count)
       : p_(p),
-        cursor_(p, at),
+        cursor_(at),
         rows_(p, cursor_.head),
         headers_(headers),
         ring_(ptx::shared_address(ring)),
@@ -74,14 +75,16 @@ class KvPipeline {
     stage_to_fill_ = next(stage_to_fill_);
   }
 
-  /// Waits for the oldest tile, whose index in the ring is `stage`, and makes it visible to the whole warp. Also tells
-  /// the warp's lanes that all of them are done with the stage before it, which issue() fills next.
+  /// What is, or is still being copied, in a stage. The caller passed a warp barrier since the issue().
+  FI_PREFETCH_DEVICE const TileHeader& header(uint32_t stage) const { return headers_[stage]; }
+
+  /// Waits for the oldest tile and makes it visible to the whole warp. Also tells the warp's lanes that all of them are
+  /// done with the stage before it, which issue() fills next.
   FI_PREFETCH_DEVICE void wait() {
     ptx::copy_async_wait<T::kStages - 2>();
     __syncwarp();
   }
 
-  FI_PREFETCH_DEVICE const TileHeader& header(uint32_t stage) const { return headers_[stage]; }
   FI_PREFETCH_DEVICE uint32_t k_tile(uint32_t stage) const { return ring_ + stage * T::kStageBytes; }
   FI_PREFETCH_DEVICE uint32_t v_tile(uint32_t stage) const { return k_tile(stage) + T::kTileBytes; }
   FI_PREFETCH_DEVICE static uint32_t next(uint32_t stage) { return stage + 1 == T::kStages ? 0 : stage + 1; }

@@ -24,7 +24,7 @@ FI_PREFETCH_DEVICE uint32_t warp_inclusive_sum(uint32_t x) {
 }
 
 /// What a request's page table row says. The same for every kv head.
-struct Request {
+struct __align__(16) Request {
   int32_t page_begin;   // position of its first page number in `indices`
   int32_t length;       // tokens in its KV cache
   int32_t first_token;  // first token of tile 0: 0, or the tile that holds the sliding window's first token
@@ -54,34 +54,39 @@ FI_PREFETCH_DEVICE Request load_request(const DecodeParams& p, uint32_t r) {
   return request;
 }
 
-/// A position on the line of tiles: tile `offset % tiles` of kv head `offset / tiles` of request `request`.
+/// A position on the line of tiles: tile `offset % tiles` of kv head `offset / tiles` of a request.
 struct Location {
-  uint32_t request;
-  uint32_t offset;
+  Request request{};
+  uint32_t request_index = 0;
+  uint32_t offset = 0;
 };
 
-/// The running sums of the requests' tiles, in shared memory: prefix[r] counts the tiles of r and of the requests before
-/// it in r's group of 32. A warp then finds any position with two loads a lane and no division.
+/// The requests and the running sums of their tiles, in shared memory. A warp then finds any position with two loads a
+/// lane and no division, and need not read the page table again.
 struct RequestScan {
-  uint32_t* prefix;     // [groups * 32]
+  Request* requests;  // [groups * 32]
+  uint32_t* prefix;   // [groups * 32]: tiles of the request and of those before it in its group of 32
   uint32_t groups;
 
   static __host__ __device__ constexpr uint32_t shared_bytes(uint32_t batch_size) {
-    return (batch_size + 31) / 32 * 32 * sizeof(uint32_t);
+    return (batch_size + 31) / 32 * 32 * (sizeof(Request) + sizeof(uint32_t));
   }
 
   /// Whether some request has no tiles. Collective over the block; ends with a barrier.
   template <bool WINDOW>
   FI_PREFETCH_DEVICE bool build(const DecodeParams& p, uint8_t* shared) {
     const uint32_t batch_size = p.table.batch_size;
-    prefix = reinterpret_cast<uint32_t*>(shared);
     groups = (batch_size + 31) / 32;
+    requests = reinterpret_cast<Request*>(shared);
+    prefix = reinterpret_cast<uint32_t*>(requests + groups * 32);
     bool empty = false;
     for (uint32_t group = warp_index(); group < groups; group += warps_per_block()) {
       const uint32_t r = group * 32 + lane_index();
-      const uint32_t tiles = r < batch_size ? load_request<WINDOW>(p, r).tiles : 0;
-      prefix[r] = warp_inclusive_sum(tiles);
-      empty |= r < batch_size && tiles == 0;
+      Request request{};
+      if (r < batch_size) request = load_request<WINDOW>(p, r);
+      requests[r] = request;
+      prefix[r] = warp_inclusive_sum(request.tiles);
+      empty |= r < batch_size && request.tiles == 0;
     }
     return __syncthreads_or(empty);
   }
@@ -116,7 +121,8 @@ struct RequestScan {
     const int hit = beyond != 0 ? __ffs(beyond) - 1 : 31;
     const uint32_t sum_before = __shfl_up_sync(kFullWarp, sum, 1);
     const uint32_t start = before + __shfl_sync(kFullWarp, lane == 0 ? 0 : sum_before, hit);
-    return {group * 32 + hit, position - heads * start};
+    const uint32_t r = group * 32 + hit;
+    return {requests[r], r, position - heads * start};
   }
 };
 
@@ -164,12 +170,10 @@ struct TileCursor {
   uint32_t head;
   uint32_t tile;
 
-  FI_PREFETCH_DEVICE TileCursor(const DecodeParams& p, Location at)
-      : request(load_request<WINDOW>(p, at.request)), request_index(at.request) {
-    // A table that changed since the scan (only a prefetch reads it that early) may say 0 tiles.
-    const uint32_t tiles = max(request.tiles, 1u);
-    head = min(at.offset / tiles, static_cast<uint32_t>(p.num_kv_heads) - 1);
-    tile = at.offset % tiles;
+  FI_PREFETCH_DEVICE explicit TileCursor(const Location& at) : request(at.request), request_index(at.request_index) {
+    const uint32_t tiles = max(request.tiles, 1u);  // a warp without a piece has no location
+    head = at.offset / tiles;
+    tile = at.offset - head * tiles;
   }
 
   FI_PREFETCH_DEVICE int32_t token() const { return request.first_token + static_cast<int32_t>(tile * kTileTokens); }
