@@ -1,0 +1,127 @@
+"""The kernel's schedule (csrc/schedule.cuh), as arithmetic on the host: for explanations, pictures and tests.
+
+Nothing that runs a decode uses this: the kernel makes its schedule itself, on the device.
+
+All tiles of a batch form one line, ordered by request, then kv head, then token. It is cut into one piece a warp, equal
+to within one tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+TILE_TOKENS = 16
+
+
+def request_tiles(length: int, q_len: int = 1, window_left: int = -1) -> int:
+    """Tiles of one kv head that a request of `length` tokens has.
+
+    Args:
+        length: tokens in its KV cache, >= 0.
+        q_len: query tokens, the newest of the request.
+        window_left: tokens before a query's own that it sees; -1 for all.
+    """
+    first_token = 0
+    if window_left >= 0:
+        first_token = max(length - q_len - window_left, 0) // TILE_TOKENS * TILE_TOKENS
+    return -(-(length - first_token) // TILE_TOKENS)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The cut of `tiles` tiles over `workers` warps: worker j takes [begin(j), begin(j + 1))."""
+
+    tiles: int
+    workers: int
+
+    def begin(self, j: int) -> int:
+        quotient, remainder = divmod(self.tiles, self.workers)
+        return j * quotient + j * remainder // self.workers
+
+    def owner(self, tile: int) -> int:
+        """The worker whose piece holds `tile`."""
+        if not 0 <= tile < self.tiles:
+            raise ValueError(f"tile: expected 0 to {self.tiles - 1}, got {tile}")
+        return ((tile + 1) * self.workers - 1) // self.tiles
+
+
+def active_blocks(tiles: int, blocks: int, warps: int, min_tiles_per_warp: int) -> int:
+    """Blocks of the grid that get work."""
+    return max(min(-(-tiles // (warps * min_tiles_per_warp)), blocks), 1)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring tiles of one request and kv head that one warp works on: [first_tile, end_tile)."""
+
+    block: int
+    warp: int
+    request: int
+    head: int
+    first_tile: int
+    end_tile: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every warp of a launch does.
+
+    Attributes:
+        lengths: tokens of each request.
+        num_kv_heads: heads; each request and head is worked on separately.
+        blocks, warps: the grid, and the warps of a block.
+        min_tiles_per_warp: with less than this to do for every warp, fewer blocks work.
+        q_len, window_left: as in the wrapper's plan.
+    """
+
+    lengths: Sequence[int]
+    num_kv_heads: int
+    blocks: int
+    warps: int
+    min_tiles_per_warp: int = 1
+    q_len: int = 1
+    window_left: int = -1
+
+    @cached_property
+    def tiles(self) -> list[int]:
+        """Tiles of one kv head, by request."""
+        return [request_tiles(length, self.q_len, self.window_left) for length in self.lengths]
+
+    @cached_property
+    def partition(self) -> Partition:
+        total = sum(self.tiles) * self.num_kv_heads
+        working = active_blocks(total, self.blocks, self.warps, self.min_tiles_per_warp)
+        return Partition(total, working * self.warps)
+
+    @property
+    def working_blocks(self) -> int:
+        return self.partition.workers // self.warps
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """All segments, in the line's order."""
+        segments = []
+        position, worker = 0, 0
+        for request, tiles in enumerate(self.tiles):
+            for head in range(self.num_kv_heads):
+                tile = 0
+                while tile < tiles:
+                    while self.partition.begin(worker + 1) <= position:
+                        worker += 1
+                    end_tile = min(tiles, tile + self.partition.begin(worker + 1) - position)
+                    block, warp = divmod(worker, self.warps)
+                    segments.append(Segment(block, warp, request, head, tile, end_tile))
+                    position += end_tile - tile
+                    tile = end_tile
+        return segments
+
+    @property
+    def longest_piece(self) -> int:
+        """Tiles of the warp that has most to do."""
+        return -(-self.partition.tiles // self.partition.workers)
+
+    def blocks_of(self, request: int) -> int:
+        """Blocks that share a request's first kv head: how many partial results are merged for it."""
+        return len({s.block for s in self.segments if s.request == request and s.head == 0})

@@ -1,0 +1,88 @@
+"""The schedule's arithmetic: complete, even, and the same on the host as in the kernel."""
+
+import emulated_decode as emulated
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fi_prefetch.schedule import Partition, Schedule, active_blocks, request_tiles
+
+
+@given(tiles=st.integers(1, 2**31), workers=st.integers(1, 8192))
+def test_pieces_cover_the_line_and_differ_by_one_tile(tiles, workers):
+    partition = Partition(tiles, workers)
+    assert partition.begin(0) == 0 and partition.begin(workers) == tiles
+    for j in {0, 1, workers // 3, workers // 2, workers - 1} & set(range(workers)):
+        assert tiles // workers <= partition.begin(j + 1) - partition.begin(j) <= -(-tiles // workers)
+
+
+@given(tiles=st.integers(1, 2**31), workers=st.integers(1, 8192), part=st.floats(0, 1, exclude_max=True))
+def test_owner_is_the_worker_whose_piece_holds_the_tile(tiles, workers, part):
+    partition = Partition(tiles, workers)
+    tile = int(part * tiles)
+    j = partition.owner(tile)
+    assert partition.begin(j) <= tile < partition.begin(j + 1)
+
+
+def test_a_tile_beyond_the_line_has_no_owner():
+    with pytest.raises(ValueError, match="tile: expected 0 to 9, got 10"):
+        Partition(10, 3).owner(10)
+
+
+@given(tiles=st.integers(1, 2**31), blocks=st.integers(1, 1024), warps=st.integers(1, 8), min_tiles=st.integers(1, 64))
+def test_every_working_block_has_a_tile(tiles, blocks, warps, min_tiles):
+    working = active_blocks(tiles, blocks, warps, min_tiles)
+    partition = Partition(tiles, working * warps)
+    for block in {0, working // 2, working - 1}:
+        assert partition.begin((block + 1) * warps) > partition.begin(block * warps)
+
+
+@pytest.mark.parametrize(
+    "length, q_len, window_left, tiles",
+    [(0, 1, -1, 0), (1, 1, -1, 1), (16, 1, -1, 1), (17, 1, -1, 2), (100, 1, 15, 2), (112, 1, 15, 1), (112, 2, 15, 2)],
+)
+def test_request_tiles(length, q_len, window_left, tiles):
+    assert request_tiles(length, q_len, window_left) == tiles
+
+
+@given(
+    lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=20),
+    heads=st.integers(1, 4),
+    blocks=st.integers(1, 30),
+    warps=st.integers(1, 8),
+)
+def test_segments_hold_every_tile_once_in_order(lengths, heads, blocks, warps):
+    schedule = Schedule(lengths, heads, blocks, warps)
+    seen = [(s.request, s.head, t) for s in schedule.segments for t in range(s.first_tile, s.end_tile)]
+    assert seen == [(r, h, t) for r, n in enumerate(schedule.tiles) for h in range(heads) for t in range(n)]
+    per_warp: dict[tuple[int, int], int] = {}
+    for s in schedule.segments:
+        per_warp[s.block, s.warp] = per_warp.get((s.block, s.warp), 0) + s.end_tile - s.first_tile
+    assert max(per_warp.values(), default=0) == schedule.longest_piece
+
+
+@pytest.mark.parametrize("window_left", [-1, 40])
+@pytest.mark.parametrize("lengths", [[500], [40, 0, 333, 16, 1], [64] * 12])
+def test_the_kernel_cuts_where_the_host_does(lengths, window_left):
+    """The window op asks for the first tile of every warp's piece: which rows those are is the kernel's own schedule."""
+    heads, blocks, warps, page_size = 2, 5, 3, 16
+    problem = emulated.make_problem(
+        lengths, heads_q=4, heads_kv=heads, page_size=page_size, blocks=blocks, warps=warps, window_left=window_left
+    )
+    asked = {int(a["address"]) for a in emulated.prefetch_kv(problem, tiles=1)}
+    schedule = Schedule(lengths, heads, blocks, warps, window_left=window_left)
+    expected = set()
+    first_of_piece = {}
+    for s in schedule.segments:
+        first_of_piece.setdefault((s.block, s.warp), s)
+    for s in first_of_piece.values():
+        first_token = 0
+        if window_left >= 0:
+            first_token = max(lengths[s.request] - 1 - window_left, 0) // 16 * 16
+        begin = first_token + s.first_tile * 16
+        for token in range(begin, min(begin + 16, lengths[s.request])):
+            page = int(problem.indices[problem.indptr[s.request] + token // page_size])
+            for cache in (problem.k, problem.v):
+                row = cache[page, token % page_size, s.head]
+                expected |= {row.data_ptr(), row.data_ptr() + 128}
+    assert asked == expected
