@@ -30,6 +30,29 @@ FI_PREFETCH_DEVICE int64_t output_row(const DecodeParams& p, uint32_t request, u
   return (static_cast<int64_t>(request) * p.q_len + row.token) * p.num_qo_heads + kv_head * p.group_size + row.head;
 }
 
+/// What remains to be done to a row whose sums are complete.
+struct RowResult {
+  float scale;  // multiplies the row's output sums
+  float lse;    // base 2, the sink's weight included (as FlashInfer's); -inf where there was nothing to attend to
+
+  /// `max` is the greatest of scale_log2 * score (-inf: no token), `sum` the weights' sum over exp2(max).
+  FI_PREFETCH_DEVICE RowResult(const DecodeParams& p, uint32_t kv_head, QueryRow row, float max, float sum) {
+    float weight = 1.0f;  // of the row's sums, once a sink is the greatest logit
+    if (p.sinks != nullptr && row.valid) {
+      // A sink is a logit without a value: it takes weight and gives nothing.
+      const float sink = p.sinks[kv_head * p.group_size + row.head] * kLog2e;
+      const float greatest = fmaxf(max, sink);
+      if (greatest != -INFINITY) {
+        weight = ptx::exp2_fast(max - greatest);
+        sum = sum * weight + ptx::exp2_fast(sink - greatest);
+        max = greatest;
+      }
+    }
+    scale = sum == 0.0f ? 0.0f : p.v_scale * weight / sum;
+    lse = max + ptx::log2_fast(sum);
+  }
+};
+
 template <typename T>
 class WarpAttention {
  public:
@@ -97,15 +120,9 @@ class WarpAttention {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const QueryRow row(p_, n * 8 + 2 * j + e);
-        const int c = n * 2 + e;
-        float denominator = sum_[c];
-        if (p_.sinks != nullptr && row.valid) {
-          denominator += sink_weight(p_.sinks[head * p_.group_size + row.head], max_[c]);
-        }
-        scale[e] = sum_[c] == 0.0f ? 0.0f : p_.v_scale / denominator;
-        if (p_.lse != nullptr && row.valid && p_row == 0) {
-          p_.lse[output_row(p_, request, head, row)] = log_sum_exp(max_[c], sum_[c]);
-        }
+        const RowResult result(p_, head, row, max_[n * 2 + e], sum_[n * 2 + e]);
+        scale[e] = result.scale;
+        if (p_.lse != nullptr && row.valid && p_row == 0) p_.lse[output_row(p_, request, head, row)] = result.lse;
       }
       // A fragment has dimensions as rows; transposed, a lane has neighbouring dimensions of query row p.
       const QueryRow row(p_, n * 8 + p_row);
@@ -149,12 +166,6 @@ class WarpAttention {
       }
     }
   }
-
-  /// What a sink (a logit without a value) adds to a denominator of which `max` was taken out.
-  FI_PREFETCH_DEVICE static float sink_weight(float sink, float max) { return ptx::exp2_fast(sink * kLog2e - max); }
-
-  /// Base 2; -inf where there was nothing to attend to. A sink is not part of it.
-  FI_PREFETCH_DEVICE static float log_sum_exp(float max, float sum) { return max + ptx::log2_fast(sum); }
 
  private:
   static constexpr int kProducts = T::kHeadDim / 16;  // 16 dimensions each: steps of Q K^T, row blocks of O^T

@@ -299,13 +299,7 @@ void launch(const Launch& l, int device, const Params&... params) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(l.blocks);
-  config.blockDim = dim3(32 * l.warps);
-  config.dynamicSmemBytes = l.shared;
-  config.stream = l.stream;
-  config.attrs = &attribute;
-  config.numAttrs = l.enable_pdl ? 1 : 0;
+  const cudaLaunchConfig_t config{dim3(l.blocks), dim3(32 * l.warps), l.shared, l.stream, &attribute, l.enable_pdl};
   check_cuda(cudaLaunchKernelEx(&config, KERNEL, params...), "cudaLaunchKernelEx");
 }
 

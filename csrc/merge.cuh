@@ -96,21 +96,15 @@ FI_PREFETCH_DEVICE void write_row(const DecodeParams& p, uint32_t request, uint3
   using O = typename T::O;
   constexpr int kVector = MergedRow<T>::kVector;
   const QueryRow row(p, n);
-  float denominator = merged.sum;
-  if (p.sinks != nullptr) {
-    denominator += WarpAttention<T>::sink_weight(p.sinks[head * p.group_size + row.head], merged.max);
-  }
-  const float scale = merged.sum == 0.0f ? 0.0f : p.v_scale / denominator;
+  const RowResult result(p, head, row, merged.max, merged.sum);
   const int64_t index = output_row(p, request, head, row);
   uint32_t* destination =
       reinterpret_cast<uint32_t*>(static_cast<O*>(p.o) + index * T::kHeadDim + lane_index() * kVector);
 #pragma unroll
   for (int d = 0; d < kVector; d += 2) {
-    destination[d / 2] = pack<O>(merged.output[d] * scale, merged.output[d + 1] * scale);
+    destination[d / 2] = pack<O>(merged.output[d] * result.scale, merged.output[d + 1] * result.scale);
   }
-  if (p.lse != nullptr && lane_index() == 0) {
-    p.lse[index] = WarpAttention<T>::log_sum_exp(merged.max, merged.sum);
-  }
+  if (p.lse != nullptr && lane_index() == 0) p.lse[index] = result.lse;
 }
 
 /// Leaves a row for other blocks (or for this one, a level on). Collective over the warp.

@@ -49,15 +49,19 @@ struct Traits {
   static constexpr Prefetch kPrefetch = PREFETCH;
   static constexpr int kBlockBytes = kBlockTokens * HEAD_DIM * sizeof(T);  // of K or of V
   static constexpr int kLoads = kBlockBytes / (32 * sizeof(uint4));         // a lane and KV block
+  /// Thread blocks an SM that the registers leave room for: the same with a prefetch and without, or the difference
+  /// between the two would be one of residency too. More of them, and not all of a block's loads could be under way.
+  static constexpr int kResident = HEAD_DIM == 64 ? 8 : 7;
 };
 
 /// The thread block's dynamic shared memory.
 template <int HEAD_DIM>
 struct SharedMemory {
-  float* q;             // [HEAD_DIM], times scale_log2
-  float* warp_results;  // [2][kWarps]: the logits' maximum, then their sum
-  float* outputs;       // [kWarps][HEAD_DIM]
-  float* logits;        // [tokens, rounded up to whole KV blocks]
+  float* q;        // [HEAD_DIM], times scale_log2
+  float* maxima;   // [kWarps], of the logits
+  float* sums;     // [kWarps], of the weights
+  float* outputs;  // [kWarps][HEAD_DIM], sums over the warp's KV blocks
+  float* logits;   // [tokens, rounded up to whole KV blocks]; in the softmax they become weights
 
   static constexpr uint32_t kFixedFloats = HEAD_DIM + 2 * kWarps + kWarps * HEAD_DIM;
 
@@ -66,8 +70,9 @@ struct SharedMemory {
   }
   FI_PREFETCH_DEVICE explicit SharedMemory(uint8_t* base) {
     q = reinterpret_cast<float*>(base);
-    warp_results = q + HEAD_DIM;
-    outputs = warp_results + 2 * kWarps;
+    maxima = q + HEAD_DIM;
+    sums = maxima + kWarps;
+    outputs = sums + kWarps;
     logits = outputs + kWarps * HEAD_DIM;
   }
 };
@@ -115,17 +120,12 @@ FI_PREFETCH_DEVICE void read_floats(const float* from, float (&x)[8]) {
   x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
 }
 
-/// Combines one float of each thread over the thread block. `results`: [kWarps], not in use by anything before.
+/// Combines one float of each lane over the warp; lane 0 leaves the result at `results[warp]`.
 template <typename Combine>
-FI_PREFETCH_DEVICE float combine_over_block(float x, float* results, Combine&& combine) {
+FI_PREFETCH_DEVICE void combine_over_warp(float x, float* results, Combine&& combine) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) x = combine(x, __shfl_xor_sync(kFullWarp, x, mask));
   if (threadIdx.x % 32 == 0) results[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = results[0];
-#pragma unroll
-  for (int warp = 1; warp < kWarps; ++warp) x = combine(x, results[warp]);
-  return x;
 }
 
 // ---- KV blocks ----------------------------------------------------------------------------------------------------
@@ -148,31 +148,32 @@ FI_PREFETCH_DEVICE void prefetch_block(const uint8_t* block) {
 template <typename Traits>
 struct KvBlocks {
   const uint8_t* cache;  // of this kv head
-  int64_t stride;        // bytes from one cache block to the next
+  int32_t stride;        // bytes from one cache block to the next
   const int32_t* table;  // of this sequence
   int count;
-  int ahead;  // KV blocks from one to the one that is prefetched meanwhile
+  int ahead;  // KV blocks from the one that is loaded to the one that is prefetched
 
   FI_PREFETCH_DEVICE KvBlocks(const Params& p, const void* whole_cache, int count) : count(count) {
     const int kv_head = blockIdx.x / p.group_size;
     cache = static_cast<const uint8_t*>(whole_cache) + kv_head * Traits::kBlockBytes;
-    stride = static_cast<int64_t>(p.num_kv_heads) * Traits::kBlockBytes;
+    stride = p.num_kv_heads * Traits::kBlockBytes;
     table = p.block_table + static_cast<int64_t>(blockIdx.y) * p.max_blocks;
     ahead = p.distance * kWarps;
   }
 
-  /// Loads KV block `index`: this lane's pieces are its 16-byte pieces lane, lane + 32, lane + 64, ... Then asks for the
-  /// block that this warp comes to `distance` iterations later, unless the sequence ends before. Both table entries are
-  /// read first, so that the prefetch is not a second round trip behind the loads.
+  FI_PREFETCH_DEVICE const uint8_t* address(int index) const {
+    return cache + static_cast<int64_t>(__ldg(table + index)) * stride;
+  }
+
+  /// Loads KV block `index`: this lane has its 16-byte pieces lane, lane + 32, lane + 64, ... Then asks for the one that
+  /// this warp comes to `distance` iterations later, if the sequence has it.
   FI_PREFETCH_DEVICE void load(int index, uint4 (&pieces)[Traits::kLoads]) const {
-    const int64_t here = __ldg(table + index);
-    int64_t next = 0;
-    if constexpr (Traits::kPrefetch != Prefetch::kNone) next = __ldg(table + min(index + ahead, count - 1));
-    const uint4* memory = reinterpret_cast<const uint4*>(cache + here * stride) + threadIdx.x % 32;
+    const uint4* memory = reinterpret_cast<const uint4*>(address(index)) + threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < Traits::kLoads; ++i) pieces[i] = __ldg(memory + 32 * i);
     if constexpr (Traits::kPrefetch != Prefetch::kNone) {
-      if (index + ahead < count) prefetch_block<Traits>(cache + next * stride);
+      if (index + ahead < count) prefetch_block<Traits>(address(index + ahead));
+      __syncwarp();  // or the compiler puts the prefetch behind the arithmetic, which waits for the loads
     }
   }
 };
@@ -181,7 +182,8 @@ struct KvBlocks {
 
 /// Grid: (num_heads, num_seqs); block: kThreads; dynamic shared memory: SharedMemory::bytes(max_context_len) or more.
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads) xformers_decode_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, Traits::kResident)
+    xformers_decode_kernel(const __grid_constant__ Params p) {
   using T = typename Traits::T;
   constexpr int kHeadDim = Traits::kHeadDim;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -223,8 +225,11 @@ __global__ void __launch_bounds__(kThreads) xformers_decode_kernel(const __grid_
     largest = max(largest, logit);
   }
 
-  // Softmax, but for the division by the sum, which the output gets.
-  largest = combine_over_block(largest, shared.warp_results, [](float a, float b) { return max(a, b); });
+  // Softmax, but for the division by the weights' sum, which the output gets.
+  combine_over_warp(largest, shared.maxima, [](float a, float b) { return max(a, b); });
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) largest = max(largest, shared.maxima[w]);
   float sum = 0.0f;
 #pragma unroll 1
   for (int token = thread; token < blocks * kBlockTokens; token += kThreads) {
@@ -232,7 +237,8 @@ __global__ void __launch_bounds__(kThreads) xformers_decode_kernel(const __grid_
     shared.logits[token] = weight;
     sum += weight;
   }
-  sum = combine_over_block(sum, shared.warp_results + kWarps, [](float a, float b) { return a + b; });
+  combine_over_warp(sum, shared.sums, [](float a, float b) { return a + b; });
+  __syncthreads();
 
   // Values. Two lanes to a row of V: lanes 2r and 2r + 1 have row r, r + 16, r + 32, .., eight tokens each.
   float outputs[Traits::kLoads] = {};
@@ -263,12 +269,14 @@ __global__ void __launch_bounds__(kThreads) xformers_decode_kernel(const __grid_
   __syncthreads();
   if (thread < kHeadDim / 2) {
     float2 two = {0.0f, 0.0f};
+    float all = 0.0f;  // stays 0 without a token
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       two.x += shared.outputs[w * kHeadDim + 2 * thread];
       two.y += shared.outputs[w * kHeadDim + 2 * thread + 1];
+      all += shared.sums[w];
     }
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const float inverse = all > 0.0f ? 1.0f / all : 0.0f;
     reinterpret_cast<uint32_t*>(static_cast<T*>(p.o) + row)[thread] = pack<T>(two.x * inverse, two.y * inverse);
   }
 }

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-
 from emulator import build as emulator
 
 LOG2E = math.log2(math.e)
@@ -213,6 +212,8 @@ def reference(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     for r in range(batch):
         pages = p.indices[p.indptr[r] : p.indptr[r + 1]].long()
         if len(pages) == 0:
+            if p.sinks is not None:
+                lse[r * p.q_len : (r + 1) * p.q_len] = p.sinks * LOG2E
             continue
         length = (len(pages) - 1) * p.k.shape[1] + int(p.last_page_len[r])
         k = p.k[pages].double().flatten(0, 1)[:length].repeat_interleave(group, dim=1)
@@ -230,9 +231,9 @@ def reference(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
             if not visible.any():
                 continue
             scores[:, ~visible] = -math.inf
-            lse[row] = torch.logsumexp(scores, dim=1) * LOG2E
             if p.sinks is not None:
                 scores = torch.cat([scores, p.sinks.double()[:, None]], dim=1)
+            lse[row] = torch.logsumexp(scores, dim=1) * LOG2E
             weights = torch.softmax(scores, dim=1)[:, :length]
             o[row] = torch.einsum("ht,thd->hd", weights, v) * p.v_scale
     return o, lse

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,22 @@ def cuda_includes() -> list[Path]:
 def build(
     name: str, source: str | Path, defines: Mapping[str, object] | None = None, sanitize: bool | None = None
 ) -> ctypes.CDLL:
-    """Compiles `source` (C++ text, or a file) and loads it; the result is cached by the content of all inputs.
+    """Compiles `source` and loads it: see compile()."""
+    return ctypes.CDLL(str(compile(name, source, defines, sanitize)))
 
-    defines: macros, name to value. sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer; None takes it from
-    the environment, as sanitizer_environment() sets it. Raises RuntimeError with the compiler's output on failure.
+
+def compile(
+    name: str,
+    source: str | Path,
+    defines: Mapping[str, object] | None = None,
+    sanitize: bool | None = None,
+    extra_flags: Sequence[str] = (),
+) -> Path:
+    """Compiles `source` (C++ text, or a file) to a library; the result is cached by the content of all inputs.
+
+    defines: macros, name to value. extra_flags: of the compiler. sanitize: with AddressSanitizer and
+    UndefinedBehaviorSanitizer; None takes it from the environment, as sanitizer_environment() sets it. Raises
+    RuntimeError with the compiler's output on failure.
     """
     if sanitize is None:
         sanitize = os.environ.get(SANITIZE_VARIABLE) == "1"
@@ -84,6 +96,7 @@ def build(
     # Force-included: the emulator's ptx.cuh comes first and its guard makes that of csrc/ empty.
     flags += ["-include", str(EMULATOR / "ptx.cuh"), f"-I{EMULATOR}", f"-I{CSRC}"]
     flags += [f"-isystem{folder}" for folder in cuda_includes()]
+    flags += extra_flags
 
     inputs = hashlib.sha256(repr((name, text, compiler, flags)).encode())
     inputs.update(subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout)
@@ -98,12 +111,13 @@ def build(
             file = source if isinstance(source, Path) else Path(folder) / f"{name}.cpp"
             if isinstance(source, str):
                 file.write_text(f'#line 1 "{name}"\n{text}')
-            command = [compiler, *flags, "-x", "c++", str(file), "-o", str(output)]
+            libraries = [flag for flag in flags if flag.startswith("-l")]  # these come after what needs them
+            command = [compiler, *flags, "-x", "c++", str(file), "-x", "none", *libraries, "-o", str(output)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 raise RuntimeError(f"{compiler} could not compile {name}:\n{result.stderr}")
             os.replace(output, library)  # whole or not at all, for processes that build at the same time
-    return ctypes.CDLL(str(library))
+    return library
 
 
 def call(library: ctypes.CDLL, function: str, *arguments: Any) -> None:

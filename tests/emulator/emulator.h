@@ -11,7 +11,10 @@
 
 #include <cuda_runtime.h>
 #include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/time.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -24,6 +27,7 @@
 #include <numeric>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #if !defined(__x86_64__) || defined(FI_PREFETCH_EMULATOR_UCONTEXT)
@@ -166,8 +170,8 @@ struct Lane {
   uint3 index{};   // threadIdx
   Wait wait{};
   void* operands = nullptr;
-  std::vector<Copy> copies;  // oldest first; a copy leaves when a wait covers it, and then is still ...
-  std::vector<uint8_t*> unpublished;  // ... this lane's own to see, until __syncwarp or a barrier: flags in Block::hidden
+  std::vector<Copy> copies;  // oldest first; a copy leaves when a wait covers it ...
+  std::vector<uint8_t*> unpublished;  // ... then only this lane sees it until a barrier; flags in Block::hidden
   int64_t groups_committed = 0;
   bool waited_for_dependencies = false, launched_dependents = false;
 
@@ -180,6 +184,7 @@ struct Warp {
   Lane* lanes = nullptr;
   uint32_t alive = 0, ready = 0, todo = 0;  // todo: those of `ready` that are still to run in this round
   uint32_t in_collective = 0, at_barrier = 0, at_dependencies = 0;
+  uint32_t priority = 0;
 };
 
 struct Block {
@@ -267,20 +272,72 @@ inline int linear(const uint3& index, const dim3& extent) {
   return static_cast<int>((index.z * extent.y + index.y) * extent.x + index.x);
 }
 
+/// The error message, about the current thread.
+inline std::string error_at(Site site, const char* text) {
+  char message[1024];
+  const uint3 &b = current->warp->block->index, &t = current->index;
+  snprintf(message, sizeof(message), "block (%u, %u, %u) thread (%u, %u, %u) at %s:%d: %s", b.x, b.y, b.z, t.x, t.y,
+           t.z, site.file, site.line, text);
+  return message;
+}
+
 /// Ends the launch with a message; called on a thread of the kernel.
 [[noreturn]] __attribute__((format(printf, 2, 3))) inline void fail(Site site, const char* format, ...) {
-  char text[512], where[512];
+  char text[512];
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
-  const uint3 &b = current->warp->block->index, &t = current->index;
-  snprintf(where, sizeof(where), "block (%u, %u, %u) thread (%u, %u, %u) at %s:%d: ", b.x, b.y, b.z, t.x, t.y, t.z,
-           site.file, site.line);
-  machine.error = std::string(where) + text;
+  machine.error = error_at(site, text);
   switch_fiber(current->fiber, machine.host);
   abort();  // never resumed
 }
+
+/// While it lives, a plain access to memory that is not there ends the launch and not the process, as does a thread
+/// that runs for twice kStuckSeconds of processor time without reaching an operation at which another could run.
+/// Under AddressSanitizer it does nothing: that reports more.
+class FaultTrap {
+ public:
+  static inline sigjmp_buf resume;  // where the scheduler goes on
+  static inline void* address;
+  static constexpr int kStuckSeconds = 2;
+
+  FaultTrap() {
+#ifndef __SANITIZE_ADDRESS__
+    static uint8_t stack[64 << 10];  // the thread's own may be what overflowed
+    stack_t alternate{};
+    alternate.ss_sp = stack;
+    alternate.ss_size = sizeof(stack);
+    sigaltstack(&alternate, &old_stack_);
+    struct sigaction action {};
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    action.sa_sigaction = [](int number, siginfo_t* info, void*) {
+      const int64_t rounds = machine.statistics.rounds;
+      if (number == SIGVTALRM && std::exchange(rounds_seen_, rounds) != rounds) return;
+      address = info->si_addr;
+      siglongjmp(resume, number);
+    };
+    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &action, &old_actions_[i]);
+    rounds_seen_ = -1;
+    const itimerval ticks{{kStuckSeconds, 0}, {kStuckSeconds, 0}};
+    setitimer(ITIMER_VIRTUAL, &ticks, &old_timer_);
+#endif
+  }
+  ~FaultTrap() {
+#ifndef __SANITIZE_ADDRESS__
+    setitimer(ITIMER_VIRTUAL, &old_timer_, nullptr);
+    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &old_actions_[i], nullptr);
+    sigaltstack(&old_stack_, nullptr);
+#endif
+  }
+
+ private:
+  static constexpr int kSignals[4] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
+  static inline volatile int64_t rounds_seen_;
+  struct sigaction old_actions_[4];
+  itimerval old_timer_;
+  stack_t old_stack_;
+};
 
 // ---- scheduling ---------------------------------------------------------------------------------------------------
 
@@ -360,6 +417,7 @@ inline void release_barrier_when_complete(Block& block) {
     for (uint32_t left = warp.at_barrier; left; left &= left - 1) publish_copies(warp.lanes[__builtin_ctz(left)]);
     warp.ready |= warp.at_barrier;
     warp.at_barrier = 0;
+    warp.priority = random_below(1 << 30);  // else the one that came last would mostly come last again
   }
 }
 
@@ -432,6 +490,7 @@ inline void start_block(Block& block, uint3 index) {
     Warp& warp = block.warps[w] = Warp();
     warp.block = &block;
     warp.lanes = &block.lanes[w * 32];
+    warp.priority = random_below(1 << 30);
     warp.alive = warp.ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
     for (int l = 0; l < lanes; ++l) {
       Lane& lane = warp.lanes[l];
@@ -441,6 +500,7 @@ inline void start_block(Block& block, uint3 index) {
       lane.index = {t % extent.x, t / extent.x % extent.y, t / extent.x / extent.y};
       lane.copies.clear();
       lane.unpublished.clear();
+      lane.wait = {"the start", 0, {"the start", 0}};
       lane.groups_committed = 0;
       lane.waited_for_dependencies = lane.launched_dependents = false;
       start_fiber(lane.fiber, run_thread, static_cast<int>(t));
@@ -514,9 +574,19 @@ inline void run_grid() {
     block->warps.resize(warps);
     block->lanes = std::make_unique<Lane[]>(warps * 32);
   }
-  // Runs of rounds of one warp are short or long by the seed, so that warps advance in step or far apart.
+  // By the seed, warps advance in step or far apart: runs of rounds of one warp are short or long, and the next warp is
+  // any, or the one with the highest priority, which rarely changes, so that others starve.
   const int longest_run = 1 << random_below(9);
-  for (int64_t slice = 0; machine.error.empty(); ++slice) {
+  const bool by_priority = random_below(2);
+  const uint32_t priority_change_odds = 1 << (4 + random_below(9));
+  const FaultTrap trap;
+  if (const int number = sigsetjmp(FaultTrap::resume, 1)) {
+    char text[256];
+    if (number == SIGVTALRM) strcpy(text, "the thread does not end, some time after this place");
+    else snprintf(text, sizeof(text), "%s at %p, some time after this place", strsignal(number), FaultTrap::address);
+    machine.error = error_at(current->wait.site, text);
+  }
+  while (machine.error.empty()) {
     for (size_t b = 0; b < resident; ++b) {
       if (machine.blocks[b]->running || started == total_blocks) continue;
       const uint32_t i = order[started++];
@@ -526,13 +596,13 @@ inline void run_grid() {
     Warp* warp = nullptr;
     bool any_running = false, any_at_dependencies = false;
     const uint32_t candidates = static_cast<uint32_t>(resident * warps), first = random_below(candidates);
-    for (uint32_t i = 0; i < candidates && !warp; ++i) {
+    for (uint32_t i = 0; i < candidates && (by_priority || !warp); ++i) {
       const uint32_t c = (first + i) % candidates;
-      Block& block = *machine.blocks[c / warps];
-      if (!block.running) continue;
+      if (!machine.blocks[c / warps]->running) continue;
+      Warp& candidate = machine.blocks[c / warps]->warps[c % warps];
       any_running = true;
-      any_at_dependencies |= block.warps[c % warps].at_dependencies != 0;
-      if (block.warps[c % warps].ready) warp = &block.warps[c % warps];
+      any_at_dependencies |= candidate.at_dependencies != 0;
+      if (candidate.ready && (!warp || candidate.priority > warp->priority)) warp = &candidate;
     }
     if (!machine.dependencies_ended && (any_at_dependencies && (!warp || random_below(64) == 0))) {
       machine.dependencies_ended = true;
@@ -549,6 +619,7 @@ inline void run_grid() {
       if (any_running) machine.error = describe_deadlock();
       return;
     }
+    if (random_below(priority_change_odds) == 0) warp->priority = random_below(1 << 30);
     const int rounds = 1 + random_below(longest_run);
     for (int i = 0; i < rounds && warp->ready && machine.error.empty(); ++i) {
       warp->todo = warp->ready;

@@ -104,7 +104,7 @@ FI_PREFETCH_DEVICE void load_matrix(const char* operation, bool transposed, uint
         const uint32_t address = static_cast<MatrixLoad*>(warp.lanes[matrix * 8 + row].operands)->address;
         const uint8_t* p = emulator::shared_pointer(operation, address, 16, site);
         if (emulator::hidden_flag(p)) {
-          emulator::fail(site, "%s: reads a copy without its wait, or without __syncwarp or a barrier after it", operation);
+          emulator::fail(site, "%s: reads a copy without its wait, or without a barrier after it", operation);
         }
         memcpy(elements[row], p, 16);
         bool again = false;  // the same address twice is one access

@@ -1,0 +1,54 @@
+"""A drop-in for FlashInfer's batch-decode wrapper whose CUDA kernels prefetch the KV cache.
+
+    import fi_prefetch
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
+
+Names are resolved on first use, so importing the package costs nothing and never initialises CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from .decode import BatchDecodeWithPagedKVCacheWrapper, CUDAGraphBatchDecodeWithPagedKVCacheWrapper
+    from .dispatch import KernelChoice
+    from .patch import patch_flashinfer
+    from .prefetch import PrefetchPlan, PrefetchPolicy
+    from .window import prefetch_kv
+
+_HOME = {
+    "BatchDecodeWithPagedKVCacheWrapper": "decode",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "decode",
+    "KernelChoice": "dispatch",
+    "PrefetchPlan": "prefetch",
+    "PrefetchPolicy": "prefetch",
+    "patch_flashinfer": "patch",
+    "prefetch_kv": "window",
+}
+
+__all__ = [
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "KernelChoice",
+    "PrefetchPlan",
+    "PrefetchPolicy",
+    "__version__",
+    "patch_flashinfer",
+    "prefetch_kv",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,125 @@
+"""What would be chosen for a decode, and why: the kernel, the schedule as a picture, the prefetch levers in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import fi_prefetch
+from fi_prefetch import dispatch
+from fi_prefetch.device import GpuFacts, describe
+from fi_prefetch.dispatch import DecodeSpec, KernelChoice
+from fi_prefetch.prefetch import LaunchFacts, PrefetchPlan, PrefetchPolicy, resolve
+from fi_prefetch.schedule import Schedule
+
+from .estimate import GPUS
+from .shapes import Shape
+
+# The launch that the kernel's plan() makes on Hopper; the GPU's own answer replaces it where there is one.
+WARPS = 8
+RING_BYTES = 24 << 10
+TILE_TOKENS = 16
+HOPPER_SM_COUNT = {"h100": 132, "h200": 132, "h20": 78}
+HOPPER_L2_BYTES = 50 << 20
+
+WIDTH = 40
+SHADES = "0123456789"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The choices for one decode. `assumed`: the launch is what Hopper's would be, not what a GPU here answered."""
+
+    choice: KernelChoice
+    schedule: Schedule
+    levers: PrefetchPlan | None
+    assumed: bool
+
+
+def named_gpu(name: str) -> GpuFacts:
+    """The facts of a GPU that is not here; raises ValueError where its name is not one of GPUS."""
+    if name not in GPUS:
+        raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {name!r}")
+    return describe(GPUS[name], (9, 0), HOPPER_SM_COUNT[name], HOPPER_L2_BYTES)
+
+
+def explain_here(shape: Shape, policy: PrefetchPolicy, ready: str) -> Explanation:
+    """The choices of a wrapper planned on the current GPU, compiling the kernel where that has not been done."""
+    lengths = torch.tensor(shape.lengths, dtype=torch.int32)
+    pages = -(-lengths // shape.page_size)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int32), pages.cumsum(0, dtype=torch.int32)])
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(128 << 20, dtype=torch.uint8, device="cuda"), "NHD", prefetch=policy, ready=ready
+    )
+    wrapper.plan(
+        indptr,
+        torch.arange(shape.pages, dtype=torch.int32),
+        lengths - (pages - 1).clamp(min=0) * shape.page_size,
+        shape.heads_q,
+        shape.heads_kv,
+        shape.head_dim,
+        shape.page_size,
+        q_data_type=getattr(torch, shape.q_dtype),
+        kv_data_type=getattr(torch, shape.kv_dtype),
+    )
+    levers = wrapper.prefetch_plan
+    blocks, warps = (levers.facts.blocks, levers.facts.warps) if levers is not None else (1, 1)
+    schedule = Schedule(shape.lengths, shape.heads_kv, blocks=blocks, warps=warps)
+    return Explanation(wrapper.kernel_choice, schedule, levers, assumed=False)
+
+
+def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -> Explanation:
+    """The choices for `shape` on a GPU with these facts, from the arithmetic alone: nothing is compiled or launched."""
+    spec = DecodeSpec(
+        dtype_q=getattr(torch, shape.q_dtype),
+        dtype_kv=getattr(torch, shape.kv_dtype),
+        dtype_o=getattr(torch, shape.q_dtype),
+        batch_size=shape.batch,
+        num_qo_heads=shape.heads_q,
+        num_kv_heads=shape.heads_kv,
+        head_dim=shape.head_dim,
+        page_size=shape.page_size,
+    )
+    choice = dispatch.choose(spec, facts)
+    schedule = Schedule(shape.lengths, shape.heads_kv, blocks=facts.sm_count, warps=WARPS)
+    if choice.kernel != "fi_prefetch":
+        return Explanation(choice, schedule, None, assumed=True)
+    tile_bytes = TILE_TOKENS * shape.token_bytes // shape.heads_kv
+    launch = LaunchFacts(
+        blocks=facts.sm_count,
+        warps=WARPS,
+        stages=min(max(RING_BYTES // tile_bytes, 3), 8),
+        tile_bytes=tile_bytes,
+        kv_bytes=shape.kv_bytes,
+        l2_bytes=facts.l2_bytes,
+        sm_count=facts.sm_count,
+        ready=ready,
+    )
+    return Explanation(choice, schedule, resolve(policy, launch, pdl=True), assumed=True)
+
+
+def picture(schedule: Schedule, requests: int = 12) -> list[str]:
+    """Which blocks work on which request: one line a request, longest first, one mark a stretch of its first kv head.
+
+    A mark is the last digit of the block that holds the stretch's first tile, so that a change of digit is a cut
+    between blocks. Lines are as long as the request is, against the longest one.
+    """
+    order = sorted(range(len(schedule.lengths)), key=lambda request: -schedule.lengths[request])[:requests]
+    longest = max(schedule.tiles, default=0)
+    by_request: dict[int, list[tuple[int, int]]] = {request: [] for request in order}
+    for segment in schedule.segments:
+        if segment.head == 0 and segment.request in by_request:
+            by_request[segment.request].append((segment.first_tile, segment.block))
+    lines = []
+    for request in order:
+        tiles = schedule.tiles[request]
+        width = max(1, round(WIDTH * tiles / longest)) if tiles else 0
+        marks = ""
+        for column in range(width):
+            tile = column * tiles // width
+            block = next(block for first, block in reversed(by_request[request]) if first <= tile)
+            marks += SHADES[block % len(SHADES)]
+        blocks = len({block for _, block in by_request[request]})
+        lines.append(f"request {request:>3} {schedule.lengths[request]:>7} tokens {blocks:>4} blocks {marks}")
+    return lines

@@ -1,0 +1,236 @@
+"""Result files read: speed-ups, their geometric means and minima, where we lose, two runs against each other, plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .shapes import Shape, lens_label, tokens_label
+
+Row = dict[str, Any]
+FLASHINFER_PREFIX = "flashinfer"
+NOISE = 0.02
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How much faster than the fastest of some baselines we are on one row: `factor` above 1 is faster."""
+
+    row: Row
+    factor: float
+    baseline: str
+
+    @property
+    def label(self) -> str:
+        """The row's shape in short."""
+        return Shape.from_row(self.row).label
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Speed-ups of one class of rows."""
+
+    name: str
+    rows: int
+    geometric_mean: float
+    minimum: float
+    slowest: str
+
+
+def best_baseline(row: Row, only_flashinfer: bool) -> tuple[str, float] | None:
+    """Name and time of the fastest baseline that was measured on a row, or None."""
+    times = {
+        name: time
+        for name, time in row["baselines_us"].items()
+        if time is not None and (not only_flashinfer or name.startswith(FLASHINFER_PREFIX))
+    }
+    return min(times.items(), key=lambda item: item[1]) if times else None
+
+
+def speedups(rows: Iterable[Row], only_flashinfer: bool = False) -> list[Speedup]:
+    """The speed-up of every row on which both we and a baseline were measured."""
+    found = []
+    for row in rows:
+        best = best_baseline(row, only_flashinfer)
+        if best is not None and row["fi_prefetch_us"] is not None:
+            found.append(Speedup(row, best[1] / row["fi_prefetch_us"], best[0]))
+    return found
+
+
+def geometric_mean(factors: Sequence[float]) -> float:
+    """Raises ValueError for no factors, or one that is not positive."""
+    if not factors or min(factors) <= 0:
+        raise ValueError(f"a geometric mean needs positive factors, got {list(factors)}")
+    return math.exp(sum(map(math.log, factors)) / len(factors))
+
+
+def summarise(name: str, members: Sequence[Speedup]) -> Summary:
+    """The summary of one class, which has a member at least."""
+    slowest = min(members, key=lambda speedup: speedup.factor)
+    mean = geometric_mean([speedup.factor for speedup in members])
+    return Summary(name, len(members), mean, slowest.factor, slowest.label)
+
+
+def summaries(found: Sequence[Speedup]) -> list[Summary]:
+    """By KV dtype and size class, and over all."""
+    classes: dict[str, list[Speedup]] = {}
+    for speedup in found:
+        shape = Shape.from_row(speedup.row)
+        classes.setdefault(f"{shape.kv_dtype}, {shape.size_class}", []).append(speedup)
+    result = [summarise(name, members) for name, members in sorted(classes.items())]
+    return [*result, summarise("all", found)] if found else []
+
+
+def losses(found: Sequence[Speedup], below: float = 1.0 - NOISE) -> list[Speedup]:
+    """Where we are slower than the best baseline by more than noise, worst first."""
+    return sorted((speedup for speedup in found if speedup.factor < below), key=lambda speedup: speedup.factor)
+
+
+# ---- two runs ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """One shape in two runs: `factor` is the first time over the second, `band` what repeats of one run differ by."""
+
+    label: str
+    before_us: float
+    after_us: float
+    factor: float
+    band: float
+
+    @property
+    def verdict(self) -> str:
+        """`faster`, `slower`, or `same` where the difference is within the band."""
+        if abs(self.factor - 1.0) <= self.band:
+            return "same"
+        return "faster" if self.factor > 1.0 else "slower"
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+    """The shapes that both results have, in the first one's order. The band is at least NOISE."""
+    later = {Shape.from_row(row): row for row in after["rows"]}
+    changes = []
+    for row in before["rows"]:
+        shape = Shape.from_row(row)
+        other = later.get(shape)
+        if other is None or row["fi_prefetch_us"] is None or other["fi_prefetch_us"] is None:
+            continue
+        band = max(NOISE, *(one.get("spread", {}).get("fi_prefetch", 0.0) for one in (row, other)))
+        first, second = row["fi_prefetch_us"], other["fi_prefetch_us"]
+        changes.append(Change(shape.label, first, second, first / second, band))
+    return changes
+
+
+# ---- plots ---------------------------------------------------------------------------------------------------------
+
+
+def plot(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Draws time over KV bytes, and speed-ups over batch and length; returns the PNG files written to `folder`.
+
+    Raises ImportError, saying what to install, where matplotlib is not there.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'fi-prefetch[plots]'") from error
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in result["rows"] if row["fi_prefetch_us"] is not None]
+    written = [_plot_times(rows, result, folder / "time_over_kv_bytes.png")] if rows else []
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if len(row["kv_lens"]) == 1:
+            key = (row["heads_q"], row["heads_kv"], row["head_dim"], row["page_size"], row["kv_dtype"])
+            groups.setdefault(key, []).append(row)
+    for (heads_q, heads_kv, dim, page, dtype), members in groups.items():
+        name = f"speedup_{heads_q}_{heads_kv}_dim{dim}_page{page}_{dtype}.png"
+        title = f"{heads_q}/{heads_kv} heads, page {page}, {dtype}, {result['gpu']}"
+        if len(members) > 1 and speedups(members):
+            written.append(_plot_heat_map(speedups(members), title, folder / name))
+    return written
+
+
+def _plot_times(rows: Sequence[Row], result: dict[str, Any], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    bytes_read = [row["kv_bytes"] for row in rows]
+    best = [(row["kv_bytes"], best_baseline(row, False)) for row in rows]
+    known = [(size, found[1]) for size, found in best if found is not None]
+    axes.scatter([size for size, _ in known], [time for _, time in known], s=18, label="best baseline", marker="x")
+    axes.scatter(bytes_read, [row["fi_prefetch_us"] for row in rows], s=14, label="fi_prefetch")
+    ends = [min(bytes_read), max(bytes_read)]
+    ceiling = result["read_ceiling_gbs"]
+    axes.plot(ends, [size / ceiling / 1e3 for size in ends], "k--", label=f"floor at {ceiling / 1e3:.2f} TB/s")
+    axes.set(xscale="log", yscale="log", xlabel="KV a call, bytes", ylabel="time, us", title=result["gpu"])
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _plot_heat_map(found: Sequence[Speedup], title: str, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    cells = {tuple(speedup.row["kv_lens"][0]): speedup.factor for speedup in found}
+    lengths = sorted({length for length, _ in cells})
+    batches = sorted({batch for _, batch in cells})
+    values = [[cells.get((length, batch), math.nan) for length in lengths] for batch in batches]
+    figure, axes = pyplot.subplots(figsize=(1.6 + 0.8 * len(lengths), 1.6 + 0.5 * len(batches)))
+    axes.imshow(values, cmap="RdYlGn", vmin=0.5, vmax=1.5, aspect="auto")
+    axes.set_xticks(range(len(lengths)), [tokens_label(length) for length in lengths])
+    axes.set_yticks(range(len(batches)), [str(batch) for batch in batches])
+    axes.set(xlabel="KV tokens a request", ylabel="requests", title=title)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if not math.isnan(value):
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+# ---- rows in words -------------------------------------------------------------------------------------------------
+
+
+def table_rows(rows: Iterable[Row], baselines: Sequence[str]) -> list[list[str]]:
+    """Cells of a table: shape, KV, floor, each baseline, ours, speed-up over the best, error and FlashInfer's."""
+    cells = []
+    for row in rows:
+        best = best_baseline(row, only_flashinfer=False)
+        ours = row["fi_prefetch_us"]
+        factor = f"{best[1] / ours:.2f}x" if best is not None and ours is not None else "-"
+        heads = f"{row['heads_q']}/{row['heads_kv']}"
+        cells.append(
+            [
+                heads if row["head_dim"] == 128 else f"{heads} d{row['head_dim']}",
+                str(row["page_size"]),
+                lens_label(row["kv_lens"]) + ("" if row["kv_dtype"] == row["q_dtype"] else " fp8"),
+                bytes_label(row["kv_bytes"]),
+                microseconds(row["floor_us"]),
+                *(microseconds(row["baselines_us"].get(name)) for name in baselines),
+                microseconds(ours),
+                factor,
+                "-" if row["error"] is None else f"{row['error']:.1e}",
+                "-" if row["error_flashinfer"] is None else f"{row['error_flashinfer']:.1e}",
+            ]
+        )
+    return cells
+
+
+def microseconds(time: float | None) -> str:
+    """For example `12.3`, or `-` where there is none."""
+    return "-" if time is None else f"{time:.1f}"
+
+
+def bytes_label(count: int) -> str:
+    """For example `32 MB` for 2^25."""
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):.3g} GB"
+    return f"{count / (1 << 20):.3g} MB" if count >= 1 << 20 else f"{count / 1024:.3g} KB"

@@ -1,0 +1,230 @@
+"""Runs a job in a worker process, keeps the result file, and goes on with a new worker when one ends early.
+
+The file is written after every row, so that a run which is stopped leaves all that it measured. What could not be
+measured stays in it as null, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .worker import EVENTS_FD_VARIABLE
+
+WORKER = (sys.executable, "-m", "fi_prefetch.bench.worker")
+# Longer than any compilation: a kernel that says nothing for so long hangs.
+STALL_SECONDS = 900.0
+
+
+@dataclass
+class Job:
+    """What to measure. `specs` are the rows' descriptions, `options` what applies to all of them."""
+
+    kind: str
+    specs: list[dict[str, Any]]
+    options: dict[str, Any] = field(default_factory=dict)
+    stall_seconds: float = STALL_SECONDS
+    budget_seconds: float | None = None
+    worker: Sequence[str] = WORKER
+
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class ResultFile:
+    """A result file that is always whole: every write replaces it.
+
+    Rows of an earlier run of the same job on the same GPU and commit are kept with `resume`.
+    """
+
+    def __init__(self, path: Path, job: Job, resume: bool) -> None:
+        self.path = path
+        self._job = job
+        self.header: dict[str, Any] = {}
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.failed: dict[int, str] = {}
+        self.complete = False
+        self._earlier = json.loads(path.read_text()) if resume and path.exists() else None
+
+    def set_header(self, header: dict[str, Any]) -> None:
+        """The GPU, versions and ceiling; the first header counts. Takes over the rows of an earlier run that match."""
+        if self.header:
+            return
+        self.header = header
+        earlier = self._earlier
+        if earlier is None or any(earlier.get(name) != header.get(name) for name in ("gpu", "driver", "commit")):
+            return
+        self.header = {name: earlier[name] for name in header}
+        numbers = {spec_key(spec): number for number, spec in enumerate(self._job.specs)}
+        for row in earlier["rows"]:
+            number = numbers.get(spec_key(row, like=self._job.specs[0]))
+            if number is not None:
+                self.rows[number] = row
+
+    @property
+    def done(self) -> list[int]:
+        """Rows that need no measuring any more."""
+        return sorted({*self.rows, *self.failed})
+
+    def write(self) -> dict[str, Any]:
+        """Writes the file and returns its content."""
+        content = {
+            **self.header,
+            "options": self._job.options,
+            "complete": self.complete,
+            "rows": [self.rows[number] for number in sorted(self.rows)],
+            "failed": [{**self._job.specs[number], "reason": self.failed[number]} for number in sorted(self.failed)],
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        partial.replace(self.path)
+        return content
+
+
+def spec_key(row: dict[str, Any], like: dict[str, Any] | None = None) -> str:
+    """What tells one spec from another; of a row, only the columns that `like` has count."""
+    return json.dumps({name: row.get(name) for name in sorted(like or row)})
+
+
+def run(job: Job, output: Path, resume: bool = False, progress: Progress = lambda event: None) -> dict[str, Any]:
+    """Measures `job` into `output` and returns the file's content.
+
+    Args:
+        job: what to measure.
+        output: the result file; the workers' output goes to a .log beside it.
+        resume: keep the rows that the file already has, where GPU, driver and commit are the same.
+        progress: called with every event of the workers, and with {"event": "worker_lost", ...}.
+    """
+    result = ResultFile(output, job, resume)
+    skip: list[tuple[int, str, str]] = []
+    deadline = None if job.budget_seconds is None else time.monotonic() + job.budget_seconds
+    while True:
+        ended = _run_worker(job, result, skip, deadline, progress)
+        if ended.finished or ended.out_of_time:
+            result.complete = ended.finished
+            break
+        progress({"event": "worker_lost", "row": ended.row, "name": ended.kernel, "reason": ended.reason})
+        if ended.row is None:
+            raise RuntimeError(f"the measuring process ended before its first row: {ended.reason}; see {_log(output)}")
+        if ended.kernel and (ended.row, ended.kernel) not in {(row, name) for row, name, _ in skip}:
+            skip.append((ended.row, ended.kernel, ended.reason))
+        else:
+            result.failed[ended.row] = ended.reason
+        result.write()
+    return result.write()
+
+
+@dataclass
+class _End:
+    """How a worker ended, and what it was at."""
+
+    finished: bool = False
+    out_of_time: bool = False
+    row: int | None = None
+    kernel: str = ""
+    reason: str = ""
+
+
+def _log(output: Path) -> Path:
+    return output.with_suffix(".log")
+
+
+def _run_worker(
+    job: Job, result: ResultFile, skip: list[tuple[int, str, str]], deadline: float | None, progress: Progress
+) -> _End:
+    read_end, write_end = os.pipe()
+    _log(result.path).parent.mkdir(parents=True, exist_ok=True)
+    with open(_log(result.path), "a") as log:
+        process = subprocess.Popen(
+            job.worker,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=(write_end,),
+            env={**os.environ, EVENTS_FD_VARIABLE: str(write_end)},
+            text=True,
+        )
+        os.close(write_end)
+        events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        reader = threading.Thread(target=_read_events, args=(read_end, events), daemon=True)
+        reader.start()
+        description = {
+            "kind": job.kind,
+            "specs": job.specs,
+            "options": job.options,
+            "skip": skip,
+            "done": result.done,
+            "read_ceiling_gbs": result.header.get("read_ceiling_gbs"),
+        }
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(description))
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it ended at once; the events, and the exit code, say how
+        end = _follow(job, result, events, deadline, progress)
+        if end.out_of_time or end.reason:  # it stalls, or its device is dead: it may never end by itself
+            process.kill()
+        code = process.wait()
+        reader.join()
+        end.reason = end.reason or f"the process ended with exit code {code}"
+        return end
+
+
+def _read_events(descriptor: int, events: queue.Queue[dict[str, Any] | None]) -> None:
+    with os.fdopen(descriptor) as lines:
+        for line in lines:
+            events.put(json.loads(line))
+    events.put(None)
+
+
+def _follow(
+    job: Job,
+    result: ResultFile,
+    events: queue.Queue[dict[str, Any] | None],
+    deadline: float | None,
+    progress: Progress,
+) -> _End:
+    """Takes in a worker's events until it finishes, ends, stalls, or time is up."""
+    end = _End()
+    while True:
+        patience = job.stall_seconds
+        if deadline is not None:
+            patience = min(patience, max(0.0, deadline - time.monotonic()))
+        try:
+            event = events.get(timeout=patience)
+        except queue.Empty:
+            end.out_of_time = deadline is not None and time.monotonic() >= deadline
+            end.reason = "time is up" if end.out_of_time else f"no answer for {job.stall_seconds:.0f} s"
+            return end
+        if event is None:
+            return end
+        progress(event)
+        kind = event["event"]
+        if kind == "header":
+            result.set_header(event["header"])
+        elif kind == "row_started":
+            end.row, end.kernel = event["row"], ""
+        elif kind == "kernel_started":
+            end.kernel = event["name"] or end.kernel
+        elif kind == "kernel_failed":
+            end.kernel, end.reason = event["name"] or end.kernel, event["reason"]
+        elif kind == "row":
+            result.rows[event["row"]] = event["content"]
+            result.write()
+        elif kind == "row_failed":
+            result.failed[event["row"]] = event["reason"]
+            result.write()
+        elif kind == "finished":
+            end.finished = True
+            return end

@@ -1,0 +1,641 @@
+"""`fi-prefetch`: is it right here, what would it choose, how fast is it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, evidence
+
+console = Console()
+
+BENCH_KINDS = ("grid", "prefetch", "layer", "window", "map", "plan_time")
+# The baselines of bench/baselines.py; named here so that `--help` need not import FlashInfer.
+BASELINE_NAMES = ("flashinfer_cuda_core", "flashinfer_fa2", "flashinfer_fa3", "flashinfer_xqa", "fa3")
+# Those that are worth a place in a layer: the others are slower everywhere.
+LAYER_BASELINES = ("flashinfer_fa2", "fa3")
+
+
+def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def checkout() -> Path:
+    """The root of the checkout that this package lies in; the GPU suite and the evidence are nowhere else."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / evidence.GPU_SUITE).is_dir():
+        raise click.ClickException(f"{root} has no {evidence.GPU_SUITE}: this needs a checkout of the repository")
+    return root
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch sees a CUDA GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def require_gpu() -> None:
+    """Stops with a message where there is no GPU."""
+    if not has_gpu():
+        raise click.ClickException("this needs a CUDA GPU, and PyTorch sees none")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="fi-prefetch")
+def main() -> None:
+    """Batch decode with KV-cache prefetching, as a drop-in for FlashInfer's wrapper."""
+
+
+# ---- info ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(as_json: bool) -> None:
+    """GPU, versions, toolchain, cache, and what would be chosen for a few decodes."""
+    import torch
+    from flashinfer.jit import env
+
+    from .bench import environment
+    from .bench.explain import explain, named_gpu
+    from .bench.shapes import small_grid
+    from .device import facts
+    from .jit import csrc_dir, sources_hash
+    from .prefetch import PrefetchPolicy
+
+    found = facts(torch.device("cuda")) if has_gpu() else None
+    facts_used = found or named_gpu("h200")
+    choices = []
+    for shape in small_grid():
+        explained = explain(shape, facts_used, PrefetchPolicy.of(None), "nothing")
+        levers = "" if explained.levers is None else explained.levers.reason
+        choice = explained.choice
+        choices.append({"shape": shape.label, "kernel": choice.kernel, "reason": choice.reason, "levers": levers})
+    compiled = sorted(path.stem for path in env.FLASHINFER_JIT_DIR.glob("fi_prefetch_*/*.so"))
+    report: dict[str, Any] = {
+        "gpu": None if found is None else found.__dict__,
+        "driver": environment.driver_version(),
+        "versions": environment.versions(),
+        "sources": f"{csrc_dir()} ({sources_hash()})",
+        "cache": str(env.FLASHINFER_JIT_DIR),
+        "compiled": compiled,
+        "choices_for": facts_used.name,
+        "choices": choices,
+    }
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    lines = [("GPU", "none: decodes run on the reference" if found is None else found.name)]
+    if found is not None:
+        ceiling = "unknown" if found.read_ceiling_gbs is None else f"{found.read_ceiling_gbs:.0f} GB/s"
+        lines.append(("", f"{found.sm_count} SMs, {found.l2_bytes >> 20} MiB of L2, read ceiling {ceiling}"))
+    lines.append(("driver", report["driver"] or "none"))
+    lines += [(name, value or "none") for name, value in report["versions"].items()]
+    lines += [("sources", report["sources"]), ("cache", report["cache"]), ("compiled variants", str(len(compiled)))]
+    console.print(table_of("fi_prefetch", ("", "value"), lines))
+    suffix = "" if found is not None else " (no GPU here: as on this one)"
+    rows = [(c["shape"], c["kernel"], c["levers"] or c["reason"]) for c in choices]
+    choice_table = table_of(f"What would be chosen on {facts_used.name}{suffix}", ("shape", "kernel", "why"), rows)
+    choice_table.columns[2].justify = "left"
+    console.print(choice_table)
+
+
+# ---- build ---------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option(
+    "--arch", multiple=True, help='Compile for this architecture ("9.0a") instead of the GPUs here; repeatable.'
+)
+@click.option("--only", default="", help="Compile the variants with this text in their names.")
+@click.option("--jobs", "-j", type=click.IntRange(1), default=4, show_default=True, help="Compilations at a time.")
+def build(arch: tuple[str, ...], only: str, jobs: int) -> None:
+    """Compile the kernel variants now rather than at first use."""
+    from rich.progress import track
+
+    from .jit import KernelUnavailableError, all_variants, jit_spec
+
+    try:
+        specs = [jit_spec(variant, list(arch) or None) for variant in all_variants() if only in variant.name]
+    except KernelUnavailableError as error:
+        raise click.ClickException(str(error)) from error
+    if not specs:
+        raise click.ClickException(f"no variant has {only!r} in its name")
+    failed = []
+    start = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = {pool.submit(spec.build, need_lock=True): spec for spec in specs}
+        for done in track(as_completed(pending), description="compiling", total=len(pending), console=console):
+            error = done.exception()
+            if error is not None:
+                failed.append(pending[done].name)
+                console.print(f"[red]{pending[done].name}[/red]: {error}")
+    console.print(f"{len(specs) - len(failed)} of {len(specs)} variants compiled in {time.monotonic() - start:.0f} s")
+    if failed:
+        raise click.ClickException(f"{len(failed)} variants could not be compiled")
+
+
+# ---- demo ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option(
+    "--compile/--no-compile", "compile_kernels", default=True, help="Without a GPU: compile the kernels as well."
+)
+@click.option("--baseline", "baselines", multiple=True, type=click.Choice(BASELINE_NAMES), help="On a GPU; repeatable.")
+def demo(compile_kernels: bool, baselines: tuple[str, ...]) -> None:
+    """A first look: against FlashInfer on a GPU, on the reference without one."""
+    if has_gpu():
+        _demo_on_gpu(baselines or ("flashinfer_cuda_core", "flashinfer_fa2"))
+    else:
+        _demo_on_cpu(compile_kernels)
+
+
+def _demo_on_gpu(baselines: Sequence[str]) -> None:
+    from .bench.shapes import small_grid
+
+    content = _measure_grid(small_grid(), baselines, "auto", Path("fi_prefetch_demo.json"))
+    _print_grid(content)
+
+
+def _demo_on_cpu(compile_kernels: bool) -> None:
+    from .bench import demo as cpu
+
+    console.print("No GPU: the same calls run on the reference, held against PyTorch's attention.")
+    results = [cpu.decode_on_cpu(shape) for shape in cpu.CPU_SHAPES]
+    rows = [(r.shape.label, f"{r.error:.1e}", f"{r.milliseconds:.1f}") for r in results]
+    console.print(table_of("Decode on the CPU", ("shape", "relative error", "ms"), rows))
+    if not compile_kernels:
+        return
+    if not cpu.has_nvcc():
+        console.print("No nvcc: the kernels are not compiled here.")
+        return
+    resources = []
+    for variant in cpu.VARIANTS:
+        with console.status(f"compiling {variant.name} for {cpu.ARCHITECTURE}"):
+            for found in cpu.compile_variant(variant):
+                resources.append((variant.name, found.kernel, str(found.registers), str(found.spill_bytes)))
+    title = f"What the compiler reports for {cpu.ARCHITECTURE}"
+    console.print(table_of(title, ("variant", "kernel", "registers", "spilled bytes"), resources))
+
+
+# ---- check ---------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--record", is_flag=True, help=f"Write what ran to {evidence.EVIDENCE_FILE}.")
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(("suite", "memcheck", "racecheck", "synccheck", "initcheck")),
+    help="Run this part alone; repeatable. A record of the same tree and GPU keeps its other parts.",
+)
+@click.option("--declare-not-run", is_flag=True, help="Record that no GPU has run this tree. Needs no GPU.")
+@click.argument("pytest_arguments", nargs=-1)
+def check(record: bool, only: tuple[str, ...], declare_not_run: bool, pytest_arguments: tuple[str, ...]) -> None:
+    """Run the GPU suite and compute-sanitizer over the kernels.
+
+    PYTEST_ARGUMENTS, after `--`, go to the suite's pytest.
+    """
+    from .bench import environment
+    from .gpu_check import CheckError, run_sanitizer, run_suite
+
+    root = checkout()
+    path = root / evidence.EVIDENCE_FILE
+    if declare_not_run:
+        path.write_text(evidence.not_run(root, environment.commit()).to_json())
+        console.print(f"{path}: {evidence.NOT_RUN_REASON}")
+        return
+    require_gpu()
+    gpu = environment.require_gpu().name
+    if record and pytest_arguments:
+        raise click.UsageError("--record wants the whole suite: no pytest arguments")
+    suites: dict[str, evidence.Counts] = {}
+    sanitizers: dict[str, evidence.Counts] = {}
+    if record and only and path.exists():
+        earlier = evidence.load(path)
+        if (earlier.hash, earlier.gpu) == (evidence.tree_hash(root), gpu):
+            suites, sanitizers = dict(earlier.suites), dict(earlier.sanitizers)
+    problems = []
+    for part in only or ("suite", *evidence.SANITIZER_TOOLS):
+        console.rule(part)
+        try:
+            if part == "suite":
+                suites[evidence.GPU_SUITE] = run_suite(root, click.echo, pytest_arguments)
+            else:
+                sanitizers[part] = run_sanitizer(root, part, click.echo)
+        except CheckError as error:
+            problems.append(f"{part}: {error}")
+            console.print(f"[red]{error}[/red]")
+        if record:  # after every part: what ran is kept whatever comes next
+            versions = environment.versions()
+            found = evidence.from_run(
+                root, environment.commit(), gpu, environment.driver_version(), versions, suites, sanitizers
+            )
+            path.write_text(found.to_json())
+    counts = {**suites, **sanitizers}
+    rows = [(name, str(c.passed), str(c.failed), str(c.skipped)) for name, c in counts.items()]
+    console.print(table_of("GPU check", ("part", "passed", "failed", "skipped"), rows))
+    if problems or not all(c.clean for c in counts.values()):
+        raise click.ClickException("; ".join(problems) or "not everything passed")
+
+
+# ---- bench ---------------------------------------------------------------------------------------------------------
+
+
+def results_folder(gpu_key: str) -> Path:
+    """Where result files go: the checkout's benchmarks/results/<gpu>, or the same under the current folder."""
+    root = Path(__file__).resolve().parents[1]
+    return (root if (root / "benchmarks").is_dir() else Path.cwd()) / "benchmarks" / "results" / gpu_key
+
+
+class TokensType(click.ParamType):
+    """Numbers of tokens as 512,2K,128K."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        from .bench.shapes import parse_tokens
+
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(parse_tokens(part) for part in value.split(","))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+TOKENS = TokensType()
+
+
+def shape_options(command: Any) -> Any:
+    """The options that say which shapes: a grid, a model with batches and contexts, or heads and lengths."""
+    for option in reversed(
+        (
+            click.option("--grid", type=click.Choice(("basic", "full", "small")), default="basic", show_default=True),
+            click.option("--model", help="A model's decode calls (see `explain`), over --batch and --context."),
+            click.option(
+                "--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks that share the model."
+            ),
+            click.option("--batch", type=TOKENS, default="1,8,64", show_default=True, help="Requests."),
+            click.option("--context", type=TOKENS, default="2K,8K", show_default=True, help="KV tokens a request."),
+            click.option("--heads", help="Query and kv heads, as 32/8."),
+            click.option("--lens", help="Requests by length, as 8x1K or 1x64K+31x4K; with --heads."),
+            click.option("--page", type=click.IntRange(1), default=1, show_default=True, help="Tokens a page."),
+            click.option("--head-dim", type=int, default=128, show_default=True),
+            click.option(
+                "--kv-dtype",
+                type=click.Choice(("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")),
+                default="bfloat16",
+                show_default=True,
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def shapes_from(options: dict[str, Any]) -> tuple[list[Any], bool]:
+    """The shapes that the options name, and whether they are a whole grid."""
+    from .bench.shapes import GRIDS, Shape, model_grid, parse_lens, query_dtype
+
+    if options["model"] and options["heads"]:
+        raise click.UsageError("--model and --heads exclude each other")
+    if options["model"]:
+        model = find_model(options["model"], options["tp"])
+        shapes = model_grid(model, options["batch"], options["context"], options["page"], options["kv_dtype"])
+        return list(shapes), False
+    if not options["heads"]:
+        return GRIDS[options["grid"]](), True
+    if not options["lens"]:
+        raise click.UsageError("--heads needs --lens")
+    heads_q, separator, heads_kv = options["heads"].partition("/")
+    if not (separator and heads_q.isdigit() and heads_kv.isdigit()):
+        raise click.BadParameter(f"expected query/kv heads as 32/8, got {options['heads']!r}", param_hint="--heads")
+    dim, kv_dtype = options["head_dim"], options["kv_dtype"]
+    try:
+        lens = parse_lens(options["lens"])
+        shape = Shape(int(heads_q), int(heads_kv), options["page"], lens, dim, query_dtype(kv_dtype), kv_dtype)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    return [shape], False
+
+
+def find_model(name: str, ranks: int) -> Any:
+    """A model's slice, or an error that names the models there are."""
+    from .bench.shapes import MODELS
+
+    if name not in MODELS:
+        raise click.ClickException(f"no model {name!r}; there are {', '.join(MODELS)}")
+    try:
+        return MODELS[name].slice(ranks)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.argument("kind", type=click.Choice(BENCH_KINDS), default="grid")
+@shape_options
+@click.option(
+    "--baseline", "baselines", multiple=True, type=click.Choice(BASELINE_NAMES), help="Repeatable; default: all."
+)
+@click.option(
+    "--policy", default="auto", show_default=True, help="Prefetch policy of the grid: a name or key=value pairs."
+)
+@click.option("--page-order", type=click.Choice(("shuffled", "sequential")), default="shuffled", show_default=True)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Result file. [default: benchmarks/results/<gpu>/KIND.json]"
+)
+@click.option("--resume", is_flag=True, help="Keep the rows that the file has, from the same GPU and commit.")
+@click.option("--budget-seconds", type=float, help="Stop in time; the file keeps what was measured.")
+@click.option(
+    "--stall-seconds", type=float, default=900.0, show_default=True, help="Give a silent kernel up after this."
+)
+@click.option("--plots/--no-plots", default=True, help="Draw the grid's plots beside the file (needs matplotlib).")
+@click.option(
+    "--estimate", type=click.Choice(("h100", "h200", "h20")), help="Predict for this GPU; nothing is measured."
+)
+def bench(kind: str, **options: Any) -> None:
+    """Measure, and write a result file.
+
+    KIND is grid (every shape on every kernel), prefetch (every lever), layer (attention in a model's layer), window
+    (the prefetch beside an all-reduce), map (the paper's kernel over bytes in flight) or plan_time (host time of
+    planning).
+    """
+    shapes, whole_grid = shapes_from(options)
+    if options["estimate"]:
+        _print_estimate(shapes, options["estimate"])
+        return
+    require_gpu()
+    from .bench.environment import require_gpu as gpu_facts
+
+    job = _job(kind, shapes, options)
+    standard = whole_grid and options["grid"] != "small"
+    if standard or kind not in ("grid", "prefetch"):
+        output = options["output"] or results_folder(gpu_facts().key) / f"{kind}.json"
+    else:
+        output = options["output"] or Path(f"fi_prefetch_{kind}.json")
+    content = _run_job(job, output, options["resume"])
+    if kind == "grid":
+        _print_grid(content)
+    if kind == "grid" and options["plots"]:
+        _draw(content, output.parent / "plots")
+    console.print(f"{output}: {len(content['rows'])} rows, {len(content['failed'])} failed")
+    if not content["complete"]:
+        raise click.ClickException("not complete: run it again with --resume")
+
+
+def _job(kind: str, shapes: Sequence[Any], options: dict[str, Any]) -> Any:
+    """The job for a kind of result file."""
+    from importlib import import_module
+
+    from .bench import runner, worker
+
+    module = import_module(worker.KINDS[kind])
+    specs = module.specs(shapes) if kind in ("grid", "prefetch") else module.specs()
+    baselines = list(options["baselines"] or BASELINE_NAMES)
+    job_options: dict[str, Any] = {
+        "baselines": [name for name in baselines if kind != "layer" or name in LAYER_BASELINES],
+        "policy": options["policy"],
+        "page_order": options["page_order"],
+    }
+    if kind == "layer":
+        job_options["fewest_copies"] = module.LAYERS
+    return runner.Job(kind, specs, job_options, options["stall_seconds"], options["budget_seconds"])
+
+
+def _measure_grid(shapes: Sequence[Any], baselines: Sequence[str], policy: str, output: Path) -> dict[str, Any]:
+    from .bench import grid, runner
+
+    options = {"baselines": list(baselines), "policy": policy, "page_order": "shuffled"}
+    return _run_job(runner.Job("grid", grid.specs(list(shapes)), options), output, resume=False)
+
+
+def _run_job(job: Any, output: Path, resume: bool) -> dict[str, Any]:
+    """Runs a job with a progress bar; on a terminal that is none, with a line a row."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .bench import runner
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(job.kind, total=len(job.specs))
+
+        def progress(event: dict[str, Any]) -> None:
+            label = _row_label(job.specs[event["row"]]) if isinstance(event.get("row"), int) else ""
+            if event["event"] == "kernel_started" and event["name"]:
+                bar.update(task, description=f"{label}: {event['name']}")
+            elif event["event"] in ("row", "row_failed"):
+                bar.advance(task)
+                if event["event"] == "row_failed":
+                    console.print(f"[red]{label}: {event['reason']}[/red]")
+                elif not console.is_terminal:
+                    console.print(label)
+            elif event["event"] == "worker_lost":
+                console.print(f"[red]{label} {event['name']}: {event['reason']}; going on without it[/red]")
+
+        return runner.run(job, output, resume, progress)
+
+
+def _row_label(spec: dict[str, Any]) -> str:
+    from .bench.shapes import Shape
+
+    extra = f" window {spec['window_us']} us" if "window_us" in spec else ""
+    return f"{spec.get('model', '')} {Shape.from_row(spec).label}{extra}".strip()
+
+
+def _print_grid(content: dict[str, Any]) -> None:
+    from .bench import report
+
+    names = list(dict.fromkeys(name for row in content["rows"] for name in row["baselines_us"]))
+    columns = (
+        "heads",
+        "page",
+        "batch x KV",
+        "KV",
+        "floor",
+        *names,
+        "fi_prefetch",
+        "best / ours",
+        "error",
+        "FlashInfer's",
+    )
+    title = f"{content['gpu']}, us a call, KV cold in L2; read ceiling {content['read_ceiling_gbs']:.0f} GB/s"
+    console.print(table_of(title, columns, report.table_rows(content["rows"], names)))
+    for label, only_flashinfer in (("the best baseline", False), ("the best of FlashInfer's", True)):
+        found = report.speedups(content["rows"], only_flashinfer)
+        rows = [
+            (
+                summary.name,
+                str(summary.rows),
+                f"{summary.geometric_mean:.2f}",
+                f"{summary.minimum:.2f}",
+                summary.slowest,
+            )
+            for summary in report.summaries(found)
+        ]
+        if rows:
+            columns = ("class", "rows", "geometric mean", "least", "where")
+            console.print(table_of(f"Speed-up over {label}", columns, rows))
+    for loss in report.losses(report.speedups(content["rows"])):
+        console.print(f"slower than {loss.baseline}: {loss.label} ({loss.factor:.2f})")
+
+
+def _draw(content: dict[str, Any], folder: Path) -> None:
+    from .bench import report
+
+    try:
+        for path in report.plot(content, folder):
+            console.print(f"drew {path}")
+    except ImportError as error:
+        console.print(f"no plots: {error}")
+
+
+def _print_estimate(shapes: Sequence[Any], gpu: str) -> None:
+    from .bench.estimate import estimate, read_ceiling_gbs
+    from .bench.report import bytes_label
+
+    ceiling, nominal = read_ceiling_gbs(gpu)
+    rows = []
+    for shape in shapes:
+        found = estimate(shape, gpu)
+        times = (found.floor_us, found.flashinfer_us, found.fi_prefetch_us)
+        rows.append((shape.label, bytes_label(shape.kv_bytes), *(f"{time:.1f}" for time in times)))
+    kind = "data sheet" if nominal else "measured"
+    title = f"PREDICTION for {gpu.upper()}, us a call ({kind} read ceiling {ceiling:.0f} GB/s); nothing was measured"
+    console.print(table_of(title, ("shape", "KV", "floor", "FlashInfer", "fi_prefetch"), rows))
+
+
+@main.command()
+@click.argument("before", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("after", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def compare(before: Path, after: Path) -> None:
+    """Two grid result files against each other, shape by shape, with noise bands from each run's repeats."""
+    from .bench import report
+
+    first, second = (json.loads(path.read_text()) for path in (before, after))
+    changes = report.compare(first, second)
+    if not changes:
+        raise click.ClickException("the two files have no measured shape in common")
+    rows = [
+        (c.label, f"{c.before_us:.1f}", f"{c.after_us:.1f}", f"{c.factor:.3f}", f"{c.band:.3f}", c.verdict)
+        for c in changes
+    ]
+    console.print(table_of(f"{before} -> {after}", ("shape", "before, us", "after, us", "factor", "band", ""), rows))
+    mean = report.geometric_mean([change.factor for change in changes])
+    verdicts = [change.verdict for change in changes]
+    console.print(
+        f"geometric mean {mean:.3f} over {len(changes)} shapes: "
+        + ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("faster", "same", "slower"))
+    )
+
+
+@main.command()
+@click.argument("result", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw the plots into this folder.")
+def report(result: Path, plots: Path | None) -> None:
+    """The tables of a grid result file, and its plots."""
+    content = json.loads(result.read_text())
+    _print_grid(content)
+    if plots is not None:
+        _draw(content, plots)
+
+
+# ---- profile and explain -------------------------------------------------------------------------------------------
+
+
+@main.command()
+@shape_options
+@click.option("--policy", default="auto", show_default=True, help="The policy beside `off`.")
+def profile(policy: str, **options: Any) -> None:
+    """Hardware counters of a call, with prefetch off and on, read by Nsight Compute (ncu)."""
+    from .bench.profile import ProfileError, profiler_path, side_by_side
+    from .bench.profile import profile as profile_call
+
+    shapes, whole_grid = shapes_from(options)
+    if whole_grid:
+        raise click.UsageError("name one shape, with --heads and --lens, or --model, --batch and --context")
+    try:
+        profiler_path()
+        require_gpu()
+        for shape in shapes:
+            with console.status(f"profiling {shape.label}"):
+                found = [profile_call(shape, name) for name in ("off", policy)]
+            console.print(table_of(shape.label, ("", "off", policy), side_by_side(found)))
+    except ProfileError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.argument("model")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--context", default="2K", show_default=True, help="KV tokens: 2K, or requests by length, as 1x64K+31x4K."
+)
+@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks that share the model.")
+@click.option("--page", type=click.IntRange(1), default=1, show_default=True, help="Tokens a page.")
+@click.option("--policy", default=None, help="Prefetch policy. [default: FI_PREFETCH_POLICY, else auto]")
+@click.option(
+    "--ready", type=click.Choice(("nothing", "page_table", "all_but_last_token")), default="nothing", show_default=True
+)
+@click.option(
+    "--gpu", type=click.Choice(("h100", "h200", "h20")), help="As on this GPU. [default: the one here, else h200]"
+)
+def explain(
+    model: str, batch: int, context: str, tp: int, page: int, policy: str | None, ready: str, gpu: str | None
+) -> None:
+    """What would be chosen for MODEL's decode, and why: kernel, schedule, levers, budget."""
+    from .bench import explain as explanations
+    from .bench.report import bytes_label
+    from .bench.shapes import parse_lens, parse_tokens
+    from .prefetch import PrefetchPolicy
+
+    try:
+        lens = parse_lens(context) if "x" in context else ((parse_tokens(context), batch),)
+        chosen_policy = PrefetchPolicy.of(policy)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    shape = find_model(model, tp).shape(lens, page)
+    if gpu is None and has_gpu():
+        found, where = explanations.explain_here(shape, chosen_policy, ready), "the GPU here"
+    else:
+        facts = explanations.named_gpu(gpu or "h200")
+        found, where = explanations.explain(shape, facts, chosen_policy, ready), facts.name
+    console.print(f"{shape.label} on {where}: {bytes_label(shape.kv_bytes)} of KV a call")
+    console.print(f"kernel: {found.choice.kernel} ({found.choice.reason})")
+    if found.levers is None:
+        return
+    schedule, levers = found.schedule, found.levers
+    assumed = " (assumed: what the kernel plans on Hopper)" if found.assumed else ""
+    console.print(
+        f"launch: {schedule.blocks} blocks of {schedule.warps} warps{assumed}; {schedule.working_blocks} work, "
+        f"at most {schedule.longest_piece} tiles of 16 tokens a warp"
+    )
+    console.print(f"bytes in flight: {levers.bytes_in_flight_per_sm >> 10} KiB an SM without prefetch")
+    budget, held = bytes_label(levers.budget_bytes), bytes_label(levers.demand_bytes)
+    console.print(f"L2 budget: {budget}, of which the levers hold {held}")
+    for lever in re.split(r"; (?=run-ahead|early load|streaming hint)", levers.reason):
+        console.print(f"  {lever}")
+    console.print("blocks over requests (a request's first kv head; a mark is its block's last digit):")
+    for line in explanations.picture(schedule):
+        console.print(line, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

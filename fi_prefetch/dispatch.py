@@ -1,0 +1,201 @@
+"""Which kernel runs a decode, and why: pure functions of what was asked for and of the GPU's facts."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .device import GpuFacts
+from .jit import HEAD_DIMS, SUPPORTED_MAJORS, Variant
+
+MAX_QUERY_ROWS = 16  # of one kv head: group size times query tokens a request
+_FLOATS = (torch.float16, torch.bfloat16)
+_FLOAT8S = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class DecodeSpec(NamedTuple):
+    """All that `plan()` learns which decides the kernel; no tensor, and nothing that changes from step to step.
+
+    Attributes:
+        dtype_q, dtype_kv, dtype_o, dtype_index: of the query, the cache, the output and the page table.
+        batch_size, num_qo_heads, num_kv_heads, head_dim, page_size, q_len_per_req: as in `plan()`.
+        pos_encoding_mode, window_left, logits_soft_cap: as in `plan()`.
+        backend: what the constructor was asked for.
+        custom_variant: whether `jit_args` brought a kernel of the user's own.
+        fixed_split_size, disable_split_kv, window_right, is_causal: as in `plan()`.
+        use_cuda_graph: whether the wrapper's page-table buffers are fixed.
+    """
+
+    dtype_q: torch.dtype
+    dtype_kv: torch.dtype
+    dtype_o: torch.dtype
+    batch_size: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    q_len_per_req: int = 1
+    pos_encoding_mode: str = "NONE"
+    window_left: int = -1
+    logits_soft_cap: float = 0.0
+    dtype_index: torch.dtype = torch.int32
+    backend: str = "auto"
+    custom_variant: bool = False
+    fixed_split_size: int | None = None
+    disable_split_kv: bool = False
+    window_right: int = 0
+    is_causal: bool | None = None
+    use_cuda_graph: bool = False
+
+    @property
+    def group_size(self) -> int:
+        return self.num_qo_heads // self.num_kv_heads
+
+    def variant(self) -> Variant:
+        """The compiled module that serves this."""
+        return Variant(
+            self.dtype_q, self.dtype_kv, self.dtype_o, self.head_dim, self.window_left >= 0, self.logits_soft_cap > 0
+        )
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """Which kernel runs, and why.
+
+    Attributes:
+        kernel: "fi_prefetch", "flashinfer", "reference" (no GPU), or "none" before the first plan.
+        reason: in words.
+    """
+
+    kernel: str
+    reason: str
+
+
+def choose(spec: DecodeSpec, facts: GpuFacts | None) -> KernelChoice:
+    """The kernel for a plan on a GPU with these facts (None: not a CUDA device)."""
+    if facts is None:
+        unserved = _reference_obstacle(spec)
+        if unserved is not None:
+            return KernelChoice("none", unserved)
+        return KernelChoice("reference", "the tensors are not on a CUDA device")
+    obstacle = _obstacle(spec, facts)
+    if obstacle is not None:
+        return KernelChoice("flashinfer", obstacle)
+    return KernelChoice("fi_prefetch", f"{spec.variant().name} serves this plan")
+
+
+def _obstacle(spec: DecodeSpec, facts: GpuFacts) -> str | None:
+    if spec.custom_variant:
+        return "jit_args asks for a custom attention variant"
+    if spec.backend not in ("auto", "fi_prefetch"):
+        return f"backend={spec.backend!r} was asked for"
+    major, minor = facts.capability
+    if major not in SUPPORTED_MAJORS:
+        return f"compute capability {major}.{minor} is not one of {', '.join(f'{m}.x' for m in SUPPORTED_MAJORS)}"
+    if spec.dtype_q not in _FLOATS:
+        return f"queries are {spec.dtype_q}, not float16 or bfloat16"
+    if spec.dtype_kv != spec.dtype_q and spec.dtype_kv not in _FLOAT8S:
+        return f"the KV cache is {spec.dtype_kv}, neither the queries' {spec.dtype_q} nor a float8"
+    if spec.dtype_o not in _FLOATS:
+        return f"the output is {spec.dtype_o}, not float16 or bfloat16"
+    if spec.dtype_index != torch.int32:
+        return f"the page table is {spec.dtype_index}, not int32"
+    if spec.head_dim not in HEAD_DIMS:
+        return f"head_dim {spec.head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    rows = spec.group_size * spec.q_len_per_req
+    if rows > MAX_QUERY_ROWS:
+        return (
+            f"{spec.group_size} query heads a kv head times {spec.q_len_per_req} query tokens a request are {rows} "
+            f"rows, more than {MAX_QUERY_ROWS}"
+        )
+    if spec.pos_encoding_mode != "NONE":
+        return f"pos_encoding_mode={spec.pos_encoding_mode!r}"
+    return _unusual_mask_or_split(spec)
+
+
+def _reference_obstacle(spec: DecodeSpec) -> str | None:
+    if spec.custom_variant:
+        return "jit_args asks for a custom attention variant, which needs a CUDA device"
+    if spec.dtype_kv == torch.uint8:
+        return "an NVFP4 KV cache needs a CUDA device"
+    if spec.window_right != 0:
+        return f"window_right={spec.window_right} needs a CUDA device and backend='cute-dsl'"
+    if spec.is_causal is not None and spec.is_causal != (spec.q_len_per_req > 1):
+        return f"is_causal={spec.is_causal} with q_len_per_req={spec.q_len_per_req} is not supported"
+    return None
+
+
+def _unusual_mask_or_split(spec: DecodeSpec) -> str | None:
+    if spec.window_right != 0:
+        return f"window_right={spec.window_right}"
+    if spec.is_causal is not None and spec.is_causal != (spec.q_len_per_req > 1):
+        return f"is_causal={spec.is_causal} with q_len_per_req={spec.q_len_per_req}"
+    # FlashInfer's fast_decode_plan says -1 for "no fixed size".
+    if spec.fixed_split_size is not None and spec.fixed_split_size != -1:
+        return f"fixed_split_size={spec.fixed_split_size} was asked for"
+    if spec.disable_split_kv:
+        return "disable_split_kv was asked for"
+    return None
+
+
+def check_workspace(choice: KernelChoice, partial_bytes: int, workspace_bytes: int) -> KernelChoice:
+    """The choice once the kernel's plan has said how much of the float workspace it needs."""
+    if partial_bytes <= workspace_bytes:
+        return choice
+    return KernelChoice(
+        "flashinfer",
+        f"the float workspace holds {workspace_bytes} bytes, the partial results need {partial_bytes}",
+    )
+
+
+def query_obstacle(q: torch.Tensor) -> str | None:
+    """Why our kernel cannot read these queries where they lie; None where it can.
+
+    Args:
+        q: [rows, num_qo_heads, head_dim], last stride 1.
+    """
+    steps = [stride * q.element_size() for size, stride in zip(q.shape[:-1], q.stride(), strict=False) if size > 1]
+    if q.data_ptr() % 4 or any(step % 4 for step in steps):
+        return f"q starts {q.data_ptr() % 4} bytes off with steps of {steps} bytes, which are not multiples of 4 bytes"
+    return None
+
+
+def cache_obstacle(k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why our kernel cannot read this cache where it lies; None where it can.
+
+    Args:
+        k, v: 4-D paged caches of one shape, last stride 1.
+    """
+    if (k.data_ptr() | v.data_ptr()) % 16:
+        off = f"k_cache is {k.data_ptr() % 16} and v_cache {v.data_ptr() % 16} bytes off"
+        return f"the cache does not start on a multiple of 16 bytes: {off}"
+    return _stride_obstacle(k.shape, k.stride(), v.stride(), k.element_size())
+
+
+@functools.lru_cache(maxsize=4096)
+def _stride_obstacle(
+    shape: torch.Size, k_stride: tuple[int, ...], v_stride: tuple[int, ...], itemsize: int
+) -> str | None:
+    if not shape[0]:
+        return "the cache has no pages"
+    # The stride of a dimension of size 1 says nothing.
+    wide = [dimension for dimension in range(3) if shape[dimension] > 1]
+    steps = {
+        name: {dimension: strides[dimension] * itemsize for dimension in wide}
+        for name, strides in (("k_cache", k_stride), ("v_cache", v_stride))
+    }
+    for name, of_name in steps.items():
+        if any(step % 16 for step in of_name.values()):
+            return f"the strides of {name}, {tuple(of_name.values())} bytes, are not all multiples of 16 bytes"
+    # Offsets are 32-bit numbers of the largest power of two that divides every stride.
+    common = math.gcd(*(step for of_name in steps.values() for step in of_name.values())) or 16
+    unit = common & -common
+    for name, of_name in steps.items():
+        extent = sum((shape[dimension] - 1) * step for dimension, step in of_name.items())
+        if extent >= unit << 32:
+            return f"{name} spans {extent >> 30} GiB in units of {unit} bytes, more than 32-bit offsets reach"
+    return None

@@ -1,0 +1,181 @@
+"""Evidence that a GPU has run the kernels of this tree, and what it found.
+
+`tests/gpu_evidence.json` holds one record, written by `fi-prefetch check --record`: the counts of the GPU suite and of
+each compute-sanitizer tool, the GPU and the versions, and a hash of the sources that decide what is launched. A record
+whose hash is not the tree's says nothing about the tree: kernels that changed since a GPU last ran them are not right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+EVIDENCE_FILE = "tests/gpu_evidence.json"
+KERNEL_FOLDER = "csrc"
+# Beside csrc/: the files of the package that decide which kernel is launched, with which arguments, after which plan.
+LAUNCH_FILES = tuple(
+    f"fi_prefetch/{name}.py"
+    for name in (
+        "decision",
+        "decode",
+        "device",
+        "dispatch",
+        "jit",
+        "launch",
+        "planned_module",
+        "prefetch",
+        "torch_op",
+        "window",
+    )
+)
+
+GPU_SUITE = "tests/gpu"
+SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
+MINIMUM_CASES = 2000
+NOT_RUN_REASON = "no GPU has run this tree yet"
+
+PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many cases of one suite, or of one sanitizer tool, ended which way. An error counts as a failure."""
+
+    passed: int
+    failed: int
+    skipped: int
+
+    @property
+    def clean(self) -> bool:
+        """Whether something ran, all of it passed and nothing was left out."""
+        return self.passed > 0 and self.failed == 0 and self.skipped == 0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One record. `gpu`, `driver` and `versions` are None or empty where nothing has run."""
+
+    status: str
+    hash: str
+    commit: str | None
+    reason: str | None = None
+    gpu: str | None = None
+    driver: str | None = None
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    suites: Mapping[str, Counts] = field(default_factory=dict)
+    sanitizers: Mapping[str, Counts] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The record as it is written to the file."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a record says about a tree: `state` is PASSED, FAILED or NOT_RUN, `reason` says why in words."""
+
+    state: str
+    reason: str
+
+
+def launch_sources(root: Path) -> list[Path]:
+    """The files that `tree_hash` covers, relative to the repository's root, sorted.
+
+    Raises FileNotFoundError where csrc/ is empty or one of LAUNCH_FILES is missing: a hash over less than everything
+    that is launched would vouch for too much.
+    """
+    kernels = [
+        path.relative_to(root)
+        for path in (root / KERNEL_FOLDER).rglob("*")
+        if path.is_file() and not any(part.startswith((".", "__")) for part in path.relative_to(root).parts)
+    ]
+    if not kernels:
+        raise FileNotFoundError(f"no sources under {root / KERNEL_FOLDER}")
+    missing = [name for name in LAUNCH_FILES if not (root / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"missing under {root}: {', '.join(missing)}")
+    return sorted([*kernels, *map(Path, LAUNCH_FILES)])
+
+
+def tree_hash(root: Path) -> str:
+    """SHA-256 (hex) over the names and bytes of `launch_sources(root)`; times, modes and other files do not count."""
+    digest = hashlib.sha256()
+    for path in launch_sources(root):
+        content = (root / path).read_bytes()
+        # Lengths in front, so that no byte can move from a name to a content or to the next file unnoticed.
+        digest.update(f"{len(path.as_posix())}:{path.as_posix()}:{len(content)}:".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def not_run(root: Path, commit: str | None) -> Evidence:
+    """The record that says honestly that no GPU has run this tree."""
+    return Evidence(status=NOT_RUN, hash=tree_hash(root), commit=commit, reason=NOT_RUN_REASON)
+
+
+def from_run(
+    root: Path,
+    commit: str | None,
+    gpu: str,
+    driver: str | None,
+    versions: Mapping[str, str | None],
+    suites: Mapping[str, Counts],
+    sanitizers: Mapping[str, Counts],
+) -> Evidence:
+    """The record of a run that has just ended; its status follows from the counts."""
+    record = Evidence(
+        PASSED, tree_hash(root), commit, None, gpu, driver, dict(versions), dict(suites), dict(sanitizers)
+    )
+    complaint = _complaint(record)
+    return record if complaint is None else replace(record, status=FAILED, reason=complaint)
+
+
+def load(path: Path) -> Evidence:
+    """Reads a record. Raises ValueError where the file is not one, FileNotFoundError where it is absent."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        for kind in ("suites", "sanitizers"):
+            data[kind] = {name: Counts(**counts) for name, counts in data[kind].items()}
+        record = Evidence(**data)
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not an evidence record: {error!r}") from error
+    if record.status not in (PASSED, FAILED, NOT_RUN):
+        raise ValueError(f"{path}: status is {record.status!r}, expected {PASSED!r}, {FAILED!r} or {NOT_RUN!r}")
+    return record
+
+
+def judge(record: Evidence, current_hash: str) -> Verdict:
+    """What `record` says about the tree whose hash is `current_hash`."""
+    if record.hash != current_hash:
+        return Verdict(
+            FAILED,
+            f"the evidence is of other sources (hash {record.hash[:12]}, the tree's is {current_hash[:12]}): "
+            "run `fi-prefetch check --record` on a GPU, or `fi-prefetch check --declare-not-run` where there is none",
+        )
+    if record.status == NOT_RUN:
+        return Verdict(NOT_RUN, record.reason or NOT_RUN_REASON)
+    complaint = _complaint(record)
+    if record.status == FAILED or complaint is not None:
+        return Verdict(FAILED, complaint or record.reason or "the recorded run failed")
+    return Verdict(PASSED, f"{record.suites[GPU_SUITE].passed} cases passed on {record.gpu}")
+
+
+def _complaint(record: Evidence) -> str | None:
+    """Why the counts of a record are not a pass, or None."""
+    for kind, wanted, found in (
+        ("suite", (GPU_SUITE,), record.suites),
+        ("compute-sanitizer tool", SANITIZER_TOOLS, record.sanitizers),
+    ):
+        for name in wanted:
+            if name not in found:
+                return f"{kind} {name} has not run"
+        for name, counts in found.items():
+            if not counts.clean:
+                return f"{kind} {name}: {counts.passed} passed, {counts.failed} failed, {counts.skipped} skipped"
+    if record.suites[GPU_SUITE].passed < MINIMUM_CASES:
+        return f"{GPU_SUITE} ran {record.suites[GPU_SUITE].passed} cases, at least {MINIMUM_CASES} are wanted"
+    return None

@@ -1,0 +1,119 @@
+"""Runs the GPU suite and compute-sanitizer, and turns what they print into counts for the evidence record."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from .evidence import GPU_SUITE, Counts
+
+SANITIZE_SCRIPT = "tests/gpu/sanitize.py"
+ALL_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# Only kernels with this in their name are instrumented: PyTorch's are not in question, and slow under a tool.
+KERNEL_SUBSTRING = "fi_prefetch"
+_FILTER_OPTIONS = ("--kernel-regex", "--kernel-name", "--filter")
+
+# What a tool prints at its end: memcheck, synccheck and initcheck the first, racecheck the second.
+_ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error")
+_HAZARDS = re.compile(r"RACECHECK SUMMARY: (\d+) hazard")
+# What the script prints last.
+_CASES = re.compile(r"^sanitize: (\d+) passed, (\d+) failed$", re.MULTILINE)
+
+Echo = Callable[[str], None]
+
+
+class CheckError(Exception):
+    """A suite or a tool could not run, or did not say how it ended."""
+
+
+def run_suite(root: Path, echo: Echo, arguments: Sequence[str] = ()) -> Counts:
+    """Runs pytest over tests/gpu of the checkout at `root`; every line of output goes to `echo` as it comes."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", GPU_SUITE, "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        _stream([*command, *arguments], root, echo)
+        if not report.exists():
+            raise CheckError(f"pytest wrote no report for {GPU_SUITE}")
+        return parse_junit(report.read_text())
+
+
+def parse_junit(text: str) -> Counts:
+    """The counts of a JUnit report; an error counts as a failure."""
+    suites = list(ElementTree.fromstring(text).iter("testsuite"))
+    if not suites:
+        raise CheckError("the JUnit report has no testsuite")
+    totals = {
+        name: sum(int(suite.get(name, "0")) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
+    }
+    failed = totals["failures"] + totals["errors"]
+    return Counts(max(0, totals["tests"] - failed - totals["skipped"]), failed, totals["skipped"])
+
+
+def sanitizer_path() -> str:
+    """compute-sanitizer's path; raises CheckError, saying where it comes from, where there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(Path(home, "bin")))
+    if found is None:
+        raise CheckError("no compute-sanitizer on PATH or in CUDA_HOME/bin: it is part of the CUDA toolkit")
+    return found
+
+
+@functools.cache
+def kernel_filter(sanitizer: str) -> tuple[str, ...]:
+    """The option that limits instrumentation to our kernels, by the name this release of the tool has for it."""
+    answer = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False)
+    for option in _FILTER_OPTIONS:
+        if option in answer.stdout + answer.stderr:
+            return (option, f"kns={KERNEL_SUBSTRING}")
+    return ()
+
+
+def run_sanitizer(root: Path, tool: str, echo: Echo) -> Counts:
+    """Runs one compute-sanitizer tool over the sanitizer script of the checkout at `root`."""
+    sanitizer = sanitizer_path()
+    command = [sanitizer, "--tool", tool, *kernel_filter(sanitizer), sys.executable, SANITIZE_SCRIPT]
+    return parse_sanitizer(tool, _stream(command, root, echo))
+
+
+def parse_sanitizer(tool: str, output: str) -> Counts:
+    """The counts of a run: cases of the script, and as failed also every error that the tool reports.
+
+    Raises CheckError where the tool's or the script's last line is missing: it did not get to its end.
+    """
+    summary = (_HAZARDS if tool == "racecheck" else _ERRORS).search(output)
+    cases = _CASES.search(output)
+    if summary is None or cases is None:
+        missing = "the tool's summary" if summary is None else "the script's last line"
+        raise CheckError(f"{tool}: {missing} is missing from the output: {output[-500:].strip()!r}")
+    return Counts(int(cases[1]), int(cases[2]) + int(summary[1]), 0)
+
+
+def _stream(command: Sequence[str], root: Path, echo: Echo) -> str:
+    """Runs a command at `root` and returns all that it printed, after passing it on line by line."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).strip(":"),
+    }
+    lines = []
+    with subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            echo(line.rstrip("\n"))
+    return "".join(lines)

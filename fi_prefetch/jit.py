@@ -1,0 +1,271 @@
+"""Kernel variants, and how each is compiled and loaded through FlashInfer's JIT.
+
+A variant is one compilation of csrc/decode.cu. Its library's name carries a hash of csrc/ and of this package's
+version, so that an upgraded package never loads what an older one compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from flashinfer.jit import core as flashinfer_jit
+from flashinfer.jit.cpp_ext import get_cuda_path
+
+from . import __version__
+
+logger = logging.getLogger("fi_prefetch")
+
+SUPPORTED_MAJORS = [8, 9, 10, 12]
+DTYPE_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+}
+_CUDA_TYPES = {
+    torch.bfloat16: "nv_bfloat16",
+    torch.float16: "half",
+    torch.float8_e4m3fn: "__nv_fp8_e4m3",
+    torch.float8_e5m2: "__nv_fp8_e5m2",
+}
+HEAD_DIMS = (64, 128, 256)
+# A compiler's messages end with what stopped it; the log has all of them.
+_ERROR_TAIL = 500
+
+
+class KernelUnavailableError(RuntimeError):
+    """A kernel could not be compiled or loaded; the message says why and what to do."""
+
+
+class Variant(NamedTuple):
+    """What one compiled module is for.
+
+    Attributes:
+        dtype_q, dtype_o: torch.bfloat16 or torch.float16.
+        dtype_kv: as dtype_q, or torch.float8_e4m3fn or torch.float8_e5m2.
+        head_dim: 64, 128 or 256.
+        sliding_window, soft_cap: whether the kernel has that feature compiled in.
+    """
+
+    dtype_q: torch.dtype
+    dtype_kv: torch.dtype
+    dtype_o: torch.dtype
+    head_dim: int
+    sliding_window: bool
+    soft_cap: bool
+
+    @property
+    def name(self) -> str:
+        return (
+            f"fi_prefetch_batch_decode_q_{DTYPE_NAMES[self.dtype_q]}_kv_{DTYPE_NAMES[self.dtype_kv]}"
+            f"_o_{DTYPE_NAMES[self.dtype_o]}_hd{self.head_dim}_swa{int(self.sliding_window)}_cap{int(self.soft_cap)}"
+        )
+
+    def macros(self) -> list[str]:
+        """What nvcc is told about the variant."""
+        return [
+            f"-DFI_PREFETCH_DTYPE_Q={_CUDA_TYPES[self.dtype_q]}",
+            f"-DFI_PREFETCH_DTYPE_KV={_CUDA_TYPES[self.dtype_kv]}",
+            f"-DFI_PREFETCH_DTYPE_O={_CUDA_TYPES[self.dtype_o]}",
+            f"-DFI_PREFETCH_HEAD_DIM={self.head_dim}",
+            f"-DFI_PREFETCH_SLIDING_WINDOW={int(self.sliding_window)}",
+            f"-DFI_PREFETCH_SOFT_CAP={int(self.soft_cap)}",
+        ]
+
+
+def all_variants() -> list[Variant]:
+    """Every variant the wrapper can ask for."""
+    floats = (torch.bfloat16, torch.float16)
+    float8s = (torch.float8_e4m3fn, torch.float8_e5m2)
+    return [
+        Variant(dtype_q, dtype_kv, dtype_o, head_dim, sliding_window, soft_cap)
+        for dtype_q in floats
+        for dtype_kv in (dtype_q, *float8s)
+        for dtype_o, head_dim, sliding_window, soft_cap in itertools.product(
+            floats, HEAD_DIMS, (False, True), (False, True)
+        )
+    ]
+
+
+@functools.cache
+def csrc_dir() -> Path:
+    """Where the kernels' sources are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "csrc", package.parent / "csrc"):
+        if (candidate / "decode.cu").is_file():
+            return candidate
+    raise KernelUnavailableError(
+        f"no kernel sources: neither {package / 'csrc'} nor {package.parent / 'csrc'} has decode.cu; "
+        "reinstall fi-prefetch"
+    )
+
+
+@functools.cache
+def sources_hash() -> str:
+    """Eight hexadecimal digits that change with any file of csrc/ and with the package's version."""
+    digest = hashlib.sha256(__version__.encode())
+    for path in sorted(csrc_dir().iterdir()):
+        if path.suffix in (".cu", ".cuh", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
+
+
+_architectures_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def target_architectures(architectures: Sequence[str]) -> Iterator[None]:
+    """Within the block FlashInfer's JIT compiles for these ("9.0a", "10.0a") and not for the GPUs it sees."""
+    targets = flashinfer_jit.current_compilation_context.TARGET_CUDA_ARCHS
+    with _architectures_lock:
+        before = set(targets)
+        targets.clear()
+        targets.update((int(major), minor) for major, _, minor in (a.partition(".") for a in architectures))
+        try:
+            yield
+        finally:
+            targets.clear()
+            targets.update(before)
+
+
+def jit_spec(variant: Variant, architectures: Sequence[str] | None = None) -> Any:
+    """FlashInfer's JitSpec of a variant.
+
+    Args:
+        variant: what to compile.
+        architectures: compile for these ("9.0a") whatever GPUs there are; where None, for FLASHINFER_CUDA_ARCH_LIST or
+            else the GPUs there are. The library's name says which, since FlashInfer's cache folder does not know.
+
+    Raises KernelUnavailableError where there is nothing to compile with, or nothing to compile for.
+    """
+    nvcc_path()
+    if architectures is not None:
+        suffix = "_sm" + "_sm".join(a.replace(".", "") for a in architectures)
+        with target_architectures(architectures):
+            return _spec(variant, suffix)
+    return _spec(variant, "")
+
+
+def _spec(variant: Variant, suffix: str) -> Any:
+    context = flashinfer_jit.current_compilation_context
+    try:
+        flashinfer_jit.check_cuda_arch()
+        arch_flags = context.get_nvcc_flags_list(supported_major_versions=SUPPORTED_MAJORS)
+    except RuntimeError as error:
+        raise KernelUnavailableError(
+            f"no GPU architecture to compile {variant.name} for ({error}); without a GPU of compute capability 8.0 or "
+            'later, set FLASHINFER_CUDA_ARCH_LIST, for example to "9.0a"'
+        ) from error
+    spec = flashinfer_jit.gen_jit_spec(
+        f"{variant.name}_{sources_hash()}{suffix}",
+        [csrc_dir() / "decode.cu"],
+        extra_cuda_cflags=[*arch_flags, *variant.macros()],
+        extra_include_paths=[csrc_dir()],
+        extra_ldflags=_ldflags(),
+    )
+    # FlashInfer adds fast math by default (and 0.6 unconditionally); our kernels say themselves where they approximate.
+    spec.extra_cuda_cflags = [flag for flag in spec.extra_cuda_cflags if flag.lstrip("-") != "use_fast_math"]
+    return spec
+
+
+def _ldflags() -> list[str]:
+    """What FlashInfer's own flags leave open.
+
+    Every module is linked with -lcuda, of which ours use nothing, and a machine that only compiles has no driver: an
+    empty linker script stands in for it. And where nvcc is only a link or a script that leads into a toolkit, as a
+    system's /usr/bin/nvcc, the runtime is in that toolkit.
+    """
+    no_driver = Path(flashinfer_jit.jit_env.FLASHINFER_JIT_DIR) / "fi_prefetch_no_driver"
+    no_driver.mkdir(parents=True, exist_ok=True)
+    flashinfer_jit.write_if_different(no_driver / "libcuda.so", "/* nothing of the driver is used */\n")
+    libraries = _toolkit(nvcc_path()) / "lib64"
+    return [f"-L{no_driver}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
+
+
+@functools.cache
+def _toolkit(nvcc: Path) -> Path:
+    """The toolkit that a compiler says it belongs to, or else that its place suggests."""
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ (?:_\w+_ )?TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+    return Path(top[1].strip()).resolve() if top else nvcc.resolve().parents[1]
+
+
+def nvcc_path() -> Path:
+    """The CUDA compiler that FlashInfer's JIT uses.
+
+    Raises KernelUnavailableError, saying what to install, where there is none.
+    """
+    nvcc = os.environ.get("FLASHINFER_NVCC")
+    if nvcc is None:
+        try:
+            nvcc = str(Path(get_cuda_path()) / "bin" / "nvcc")
+        except RuntimeError:
+            nvcc = "nvcc"
+    if not Path(nvcc).is_file():
+        raise KernelUnavailableError(
+            f"no CUDA compiler: {nvcc} does not exist; install the CUDA toolkit (12.4 or later) and set CUDA_HOME, "
+            "or FLASHINFER_NVCC to the compiler itself"
+        )
+    return Path(nvcc)
+
+
+_load_lock = threading.Lock()
+_locks: dict[Variant, threading.Lock] = {}
+_loaded: dict[Variant, Any] = {}
+_failed: dict[Variant, KernelUnavailableError] = {}
+
+
+def load(variant: Variant) -> Any:
+    """The compiled module of a variant: compiled when needed (about a minute), then kept for the process.
+
+    Raises KernelUnavailableError where that fails. A failure is remembered: a server that plans every few
+    milliseconds must not try to compile every few milliseconds.
+    """
+    module = _loaded.get(variant)
+    if module is not None:
+        return module
+    with _load_lock:
+        lock = _locks.setdefault(variant, threading.Lock())
+    with lock:
+        if variant in _loaded:
+            return _loaded[variant]
+        if variant in _failed:
+            raise _failed[variant]
+        try:
+            _loaded[variant] = _build_and_load(variant)
+        except KernelUnavailableError as error:
+            _failed[variant] = error
+            raise
+        return _loaded[variant]
+
+
+def _build_and_load(variant: Variant) -> Any:
+    spec = jit_spec(variant)
+    compiled = Path(spec.get_library_path()).exists()
+    if not compiled:
+        message = f"fi_prefetch: compiling {variant.name}, once for this machine (about a minute)"
+        logger.info(message)
+        print(message, file=sys.stderr, flush=True)
+    start = time.monotonic()
+    try:
+        module = spec.build_and_load()
+    except Exception as error:  # ninja, nvcc, the loader and the file system each raise their own
+        logger.warning("could not build %s: %s", spec.name, error)
+        raise KernelUnavailableError(f"could not build {spec.name}: ... {str(error)[-_ERROR_TAIL:].strip()}") from error
+    if not compiled:
+        logger.info("fi_prefetch: compiled %s in %.0f s", variant.name, time.monotonic() - start)
+    return module

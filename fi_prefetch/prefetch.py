@@ -1,0 +1,264 @@
+"""What to prefetch, and how far: the policy a user chooses, and the plan it becomes for one launch.
+
+A prefetch competes for L2 with everything else in flight, so every plan keeps to a budget: the bytes that all warps
+together may have asked for and not yet used,
+
+    blocks * warps * (run_ahead + prologue) * tile_bytes <= budget.
+
+Everything here is arithmetic on numbers, without a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+MIB = 1 << 20
+READY_CODES = {"nothing": 0, "page_table": 1, "all_but_last_token": 2}
+
+# A pipeline with this many bytes in flight on every SM keeps HBM busy; run-ahead adds nothing to it.
+WELL_FED_BYTES_PER_SM = 64 << 10
+# Up to this much KV a call, the first tiles' latency is a visible part of the call, and the prologue hides it.
+PROLOGUE_KV_BYTES = 64 * MIB
+PROLOGUE_TILES = 4
+DEFAULT_L2_FRACTION = 0.5
+# One SM prefetches about 245 GB/s; 32 of them fill a short window, 8 were too slow.
+WINDOW_BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class PrefetchPolicy:
+    """Which prefetch levers a wrapper may use.
+
+    Attributes:
+        run_ahead: tiles beyond a warp's pipeline to prefetch into L2 in the main loop; "auto" chooses.
+        prologue: tiles a warp prefetches into L2 before it waits for the kernel before it; "auto" chooses.
+        early_load: start real loads before that wait, where the wrapper's `ready` promises that this is safe.
+        streaming_hint: load KV so that it leaves L2 first; "auto": where the call's KV is larger than L2.
+        l2_budget: what prefetches may hold of L2, as bytes (int) or as a fraction of L2 in [0, 1] (float).
+    """
+
+    run_ahead: int | Literal["auto"] = "auto"
+    prologue: int | Literal["auto"] = "auto"
+    early_load: bool = True
+    streaming_hint: bool | Literal["auto"] = "auto"
+    l2_budget: int | float = DEFAULT_L2_FRACTION
+
+    def __post_init__(self) -> None:
+        for name in ("run_ahead", "prologue"):
+            value = getattr(self, name)
+            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ValueError(f'{name}: expected "auto" or a number of tiles >= 0, got {value!r}')
+        if not isinstance(self.early_load, bool):
+            raise ValueError(f"early_load: expected True or False, got {self.early_load!r}")
+        if not isinstance(self.streaming_hint, bool) and self.streaming_hint != "auto":
+            raise ValueError(f'streaming_hint: expected "auto", True or False, got {self.streaming_hint!r}')
+        budget_bytes(self.l2_budget, 0)
+
+    @classmethod
+    def named(cls, name: str) -> PrefetchPolicy:
+        """The policy called "auto", "off" or "paper"; ValueError for any other name."""
+        if name not in NAMED_POLICIES:
+            raise ValueError(f"prefetch policy: expected one of {', '.join(sorted(NAMED_POLICIES))}, got {name!r}")
+        return NAMED_POLICIES[name]
+
+    @classmethod
+    def parse(cls, text: str) -> PrefetchPolicy:
+        """The policy that a text names: a policy's name, or "key=value" pairs joined by commas.
+
+        Keys are this class's fields; those left out keep their defaults. "run_ahead=2,prologue=auto,l2_budget=0.25".
+        """
+        text = text.strip()
+        if "=" not in text:
+            return cls.named(text)
+        values: dict[str, object] = {}
+        for pair in text.split(","):
+            key, equals, value = (part.strip() for part in pair.partition("="))
+            if not equals or key not in _READERS:
+                raise ValueError(f"prefetch policy: expected {_FORMAT}, got {pair.strip()!r} in {text!r}")
+            try:
+                values[key] = _READERS[key](value.lower())
+            except (KeyError, ValueError):
+                raise ValueError(f"prefetch policy: expected {_FORMAT}, got {value!r} for {key}") from None
+        return cls(**values)  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, policy: PrefetchPolicy | str | None) -> PrefetchPolicy:
+        """A wrapper's policy: the argument, else the environment's FI_PREFETCH_POLICY, else "auto"."""
+        if policy is None:
+            policy = os.environ.get("FI_PREFETCH_POLICY") or "auto"
+        if isinstance(policy, str):
+            return cls.parse(policy)
+        if not isinstance(policy, cls):
+            raise TypeError(f"prefetch: expected a PrefetchPolicy, a policy's text or None, got {policy!r}")
+        return policy
+
+
+def budget_bytes(budget: int | float, l2_bytes: int) -> int:
+    """A budget in bytes: an int is bytes already, a float a fraction of `l2_bytes`. Never more than L2 holds.
+
+    Raises ValueError for a negative budget, or a fraction above 1.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise ValueError(f"l2_budget: expected bytes (int) or a fraction of L2 (float), got {budget!r}")
+    if isinstance(budget, float):
+        if not 0.0 <= budget <= 1.0:
+            raise ValueError(f"l2_budget: expected a fraction between 0.0 and 1.0, got {budget!r}")
+        return int(budget * l2_bytes)
+    if budget < 0:
+        raise ValueError(f"l2_budget: expected a number of bytes >= 0, got {budget!r}")
+    return min(budget, l2_bytes)
+
+
+NAMED_POLICIES = {
+    "auto": PrefetchPolicy(),
+    "off": PrefetchPolicy(run_ahead=0, prologue=0, early_load=False, streaming_hint=False),
+    # The paper's lever alone: the next tile into L2 while this one is computed on.
+    "paper": PrefetchPolicy(run_ahead=1, prologue=0, early_load=False, streaming_hint=False),
+}
+
+_SWITCH = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+_READERS = {
+    "run_ahead": lambda text: text if text == "auto" else int(text),
+    "prologue": lambda text: text if text == "auto" else int(text),
+    "early_load": lambda text: _SWITCH[text],
+    "streaming_hint": lambda text: text if text == "auto" else _SWITCH[text],
+    "l2_budget": lambda text: float(text) if "." in text else int(text),
+}
+_FORMAT = (
+    'one of auto, off, paper, or "key=value,..." with run_ahead and prologue (tiles or auto), early_load (0 or 1), '
+    "streaming_hint (0, 1 or auto), l2_budget (bytes, or a fraction of L2 such as 0.5)"
+)
+
+
+class LaunchFacts(NamedTuple):
+    """One launch, as far as prefetching cares.
+
+    Attributes:
+        blocks, warps: thread blocks, and warps in each.
+        stages: tiles a warp's shared-memory pipeline holds.
+        tile_bytes: K and V of one tile (16 tokens of one kv head).
+        kv_bytes: upper bound of the KV the call reads.
+        l2_bytes, sm_count: of the GPU.
+        ready: what the wrapper's user promises is final when the kernel starts.
+    """
+
+    blocks: int
+    warps: int
+    stages: int
+    tile_bytes: int
+    kv_bytes: int
+    l2_bytes: int
+    sm_count: int
+    ready: str = "nothing"
+
+
+@dataclass(frozen=True)
+class PrefetchPlan:
+    """What was chosen for one launch, in tiles and bytes, and why.
+
+    Attributes:
+        run_ahead, prologue: tiles a warp; `early_load`, `streaming_hint`: on or off.
+        ready: what the wrapper's user promises is final when the kernel starts.
+        pdl: whether the launch is a programmatic dependent one.
+        budget_bytes: what prefetches may hold of L2; `demand_bytes`: what this plan can hold at most.
+        bytes_in_flight_per_sm: what the pipelines of an SM keep in flight without any prefetch.
+        reason: a sentence a lever.
+    """
+
+    run_ahead: int
+    prologue: int
+    early_load: bool
+    streaming_hint: bool
+    ready: str
+    pdl: bool
+    facts: LaunchFacts
+    budget_bytes: int
+    demand_bytes: int
+    bytes_in_flight_per_sm: int
+    reason: str
+
+    def codes(self) -> list[int]:
+        """The kernel's `prefetch` argument."""
+        return [
+            self.run_ahead,
+            self.prologue,
+            int(self.early_load),
+            READY_CODES[self.ready],
+            int(self.streaming_hint),
+        ]
+
+
+def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPlan:
+    """The plan a policy becomes for one launch, with programmatic dependent launch or without.
+
+    Asked-for distances shrink to what the budget and the work allow: no warp prefetches more tiles than it will read.
+    Run-ahead gives way before the prologue does.
+    """
+    budget = budget_bytes(policy.l2_budget, facts.l2_bytes)
+    tile_of_every_warp = facts.blocks * facts.warps * facts.tile_bytes
+    affordable = budget // tile_of_every_warp if tile_of_every_warp else 0
+    tiles_per_warp = -(-facts.kv_bytes // tile_of_every_warp) if tile_of_every_warp else 0
+    warps_per_sm = facts.warps * -(-facts.blocks // facts.sm_count)
+    in_flight = warps_per_sm * facts.stages * facts.tile_bytes
+    limits = f"budget {budget / MIB:.2f} MiB is {affordable} tiles a warp; a warp reads at most {tiles_per_warp}"
+
+    asked, why = _asked_prologue(policy, facts, pdl)
+    prologue = min(asked, affordable, tiles_per_warp)
+    reasons = [f"prologue {prologue}: {why}" + (f", {limits}" if prologue < asked else "")]
+
+    asked, why = _asked_run_ahead(policy, facts, warps_per_sm, in_flight)
+    run_ahead = max(0, min(asked, affordable - prologue, tiles_per_warp - facts.stages))
+    reasons.append(f"run-ahead {run_ahead}: {why}" + (f", {limits}" if run_ahead < asked else ""))
+
+    early_load = policy.early_load and pdl and facts.ready == "all_but_last_token"
+    reasons.append(f"early load {'on' if early_load else 'off'}: {_why_early_load(policy, facts, pdl)}")
+
+    streaming = facts.kv_bytes > facts.l2_bytes if policy.streaming_hint == "auto" else policy.streaming_hint
+    kv, l2 = f"{facts.kv_bytes / MIB:.1f} MiB of KV", f"{facts.l2_bytes / MIB:.0f} MiB of L2"
+    why = f"{kv}, {l2}" if policy.streaming_hint == "auto" else "the policy says so"
+    reasons.append(f"streaming hint {'on' if streaming else 'off'}: {why}")
+
+    return PrefetchPlan(
+        run_ahead=run_ahead,
+        prologue=prologue,
+        early_load=early_load,
+        streaming_hint=streaming,
+        ready=facts.ready,
+        pdl=pdl,
+        facts=facts,
+        budget_bytes=budget,
+        demand_bytes=tile_of_every_warp * (run_ahead + prologue),
+        bytes_in_flight_per_sm=in_flight,
+        reason="; ".join(reasons),
+    )
+
+
+def _asked_prologue(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> tuple[int, str]:
+    if not pdl:
+        return 0, "without programmatic dependent launch there is no wait to prefetch before"
+    if policy.prologue != "auto":
+        return policy.prologue, "the policy says so"
+    kv = f"{facts.kv_bytes / MIB:.1f} MiB of KV"
+    if facts.kv_bytes > PROLOGUE_KV_BYTES:
+        return 0, f"{kv} is over {PROLOGUE_KV_BYTES // MIB} MiB, the first tiles' latency is a small part"
+    return PROLOGUE_TILES, f"{kv} is at most {PROLOGUE_KV_BYTES // MIB} MiB, the first tiles' latency shows"
+
+
+def _asked_run_ahead(policy: PrefetchPolicy, facts: LaunchFacts, warps_per_sm: int, in_flight: int) -> tuple[int, str]:
+    if policy.run_ahead != "auto":
+        return policy.run_ahead, "the policy says so"
+    fed = f"{in_flight >> 10} KiB in flight an SM"
+    if in_flight >= WELL_FED_BYTES_PER_SM or not warps_per_sm:
+        return 0, f"{fed}, {WELL_FED_BYTES_PER_SM >> 10} KiB keep HBM busy"
+    missing = -(-(WELL_FED_BYTES_PER_SM - in_flight) // (warps_per_sm * facts.tile_bytes))
+    return missing, f"{fed}, {missing} more tiles a warp reach {WELL_FED_BYTES_PER_SM >> 10} KiB"
+
+
+def _why_early_load(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> str:
+    if not policy.early_load:
+        return "the policy says so"
+    if not pdl:
+        return "without programmatic dependent launch there is no wait to load before"
+    return f'ready is "{facts.ready}"'

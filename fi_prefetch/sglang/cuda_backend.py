@@ -1,0 +1,228 @@
+"""SGLang's FlashInfer backend with our decode wrappers. Prefill, verify and draft steps stay FlashInfer's.
+
+What it takes from SGLang beyond the public `AttentionBackend`, all in `flashinfer_backend.py` of the tested releases:
+`decode_wrappers`, `_create_decode_wrappers` and `cuda_graph_kv_indices` (where wrappers are made and which buffers they
+get), `indices_updater_decode` with `call_begin_forward` (which fills the page table and plans), `_get_wrapper_idx`
+(which of two wrappers a layer uses), and `decode_uses_dequant_workspace`, `enable_deterministic`, `decode_kv_access`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.flashinfer_backend import (
+    FlashInferAttnBackend,
+    FlashInferIndicesUpdaterDecode,
+    WrapperDispatch,
+)
+from sglang.srt.layers.radix_attention import RadixAttention
+
+from . import layers as model_layers
+from . import promises, settings
+from .decode_wrapper import SELF_SCHEDULING, ServedDecodeWrapper
+from .plugin import NAME
+from .window import AllReduceWindow
+
+logger = logging.getLogger("fi_prefetch")
+
+# self and the wrapper come first; SGLang passes the others by position or by name.
+_PARAMETERS = list(inspect.signature(FlashInferIndicesUpdaterDecode.call_begin_forward).parameters)[2:]
+_NEEDED = ("paged_kernel_lens_sum", "seq_lens_cpu", "use_sliding_window_kv_pool")
+if not set(_NEEDED) <= set(_PARAMETERS) or not hasattr(FlashInferAttnBackend, "_create_decode_wrappers"):
+    raise RuntimeError(
+        "--attention-backend fi_prefetch: this SGLang release's FlashInfer backend is not one that fi_prefetch knows "
+        "(tested: 0.5.16 and 0.5.23); start with --attention-backend flashinfer"
+    )
+
+
+class FiPrefetchAttnBackend(FlashInferAttnBackend):
+    """Decodes with our kernel where it serves the whole model, with FlashInfer's where not, as the start-up log says.
+
+    Which it is, is decided once, from the model's layers and a decode of one token in each, so that nothing is left to
+    be found out while serving.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__(runner, init_new_workspace=runner.init_new_workspace)
+        self._check_kv_access(runner.server_args)
+        self._layers = model_layers.attention_layers(runner.model)
+        self._promise = promises.keeps(runner.server_args)
+        self._graph_wrappers: dict[int, list[ServedDecodeWrapper]] = {}
+        self._graph_plans: set[str] = set()
+        self._window: AllReduceWindow | None = None
+
+        flashinfers = self.decode_wrappers
+        reason = self._obstacle()
+        if reason is None:
+            self.decode_wrappers = [self._wrapper() for _ in range(self.num_wrappers)]
+            reason = self._try_each_layer()
+        self._serves = reason is None
+        if not self._serves:
+            self.decode_wrappers = flashinfers
+            logger.warning("fi_prefetch: FlashInfer's kernels decode this model: %s", reason)
+            return
+        self.indices_updater_decode = _DecodePageTable(runner, self)
+        if settings.window() == "all_reduce":
+            self._window = AllReduceWindow.open(self, self._layers)
+        self._log_start()
+
+    def _check_kv_access(self, server_args: Any) -> None:
+        """The check of the KV cache's format that SGLang makes for its FlashInfer backend under that name alone."""
+        prefill, decode = (
+            chosen or server_args.attention_backend
+            for chosen in (server_args.prefill_attention_backend, server_args.decode_attention_backend)
+        )
+        if prefill == NAME:
+            self._check_kv_attention_access("prefill", self.prefill_kv_access)
+        if decode == NAME:
+            self._check_kv_attention_access("decode", self.decode_kv_access)
+
+    def _obstacle(self) -> str | None:
+        """Why our kernel cannot decode this model, from what SGLang says about it; None where it may."""
+        if self.enable_deterministic:
+            return "deterministic inference asks for splits of a fixed size, whatever else is in the batch"
+        if self.decode_uses_dequant_workspace:
+            return "the KV cache is unpacked into a workspace before each layer's attention"
+        if not self._layers:
+            return "no attention layers were found in the model"
+        updater = self.indices_updater_decode
+        return model_layers.differing_layer(
+            self._layers, updater.num_qo_heads, updater.num_kv_heads, updater.head_dim
+        )
+
+    def _wrapper(self, **graph_buffers: Any) -> ServedDecodeWrapper:
+        return ServedDecodeWrapper(
+            self.workspace_buffer,
+            "NHD",
+            use_tensor_cores=self.decode_use_tensor_cores,
+            ready=self._promise.ready,
+            **graph_buffers,
+        )
+
+    def _try_each_layer(self) -> str | None:
+        """Decodes one token in each layer, with the layer's own cache and scales, into nowhere.
+
+        Compiles and loads the kernels, and finds what only a call can tell: strides, alignment, a missing compiler.
+
+        Returns why our kernel does not serve, or None.
+        """
+        updater = self.indices_updater_decode
+        device = self.workspace_buffer.device
+        page_table = [torch.tensor(values, dtype=torch.int32, device=device) for values in ([0, 1], [0], [1])]
+        shape = (updater.num_qo_heads, updater.num_kv_heads, updater.head_dim)
+        for layer in self._layers:
+            wrapper = self.decode_wrappers[self._get_wrapper_idx(layer)]
+            q = torch.zeros(1, layer.tp_q_head_num, layer.head_dim, dtype=updater.q_data_type, device=device)
+            try:
+                wrapper.plan(*page_table, *shape, 1, data_type=updater.data_type, q_data_type=updater.q_data_type)
+                wrapper.forward(
+                    q,
+                    self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
+                    sm_scale=layer.scaling,
+                    logits_soft_cap=layer.logit_cap,
+                    k_scale=layer.k_scale_float,
+                    v_scale=layer.v_scale_float,
+                )
+            except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                return f"layer {layer.layer_id}: {error}"
+            if wrapper.kernel_choice.kernel not in SELF_SCHEDULING:
+                return f"layer {layer.layer_id}: {wrapper.kernel_choice.reason}"
+        return None
+
+    def _log_start(self) -> None:
+        wrapper = self.decode_wrappers[0]
+        plan = wrapper.prefetch_plan
+        logger.info(
+            "fi_prefetch: kernel %s: %s; prefetch of a one-token batch: %s; ready=%s: %s; all-reduce window %s",
+            wrapper.kernel_choice.kernel,
+            wrapper.kernel_choice.reason,
+            "none" if plan is None else plan.reason,
+            self._promise.ready,
+            self._promise.reason,
+            "on" if self._window is not None else "off",
+        )
+
+    def init_cuda_graph_state(
+        self, max_bs: int, max_num_tokens: int, kv_indices_buf: torch.Tensor | None = None
+    ) -> None:
+        super().init_cuda_graph_state(max_bs, max_num_tokens, kv_indices_buf)
+        self._graph_wrappers.clear()
+
+    def _create_decode_wrappers(self, bs: int, num_tokens: int) -> list[Any]:
+        if not self._serves:
+            return super()._create_decode_wrappers(bs, num_tokens)
+        # SGLang captures a batch size once for each LoRA variant. A graph keeps the addresses of the wrapper that it
+        # was captured with, so the second capture must not replace it.
+        if bs not in self._graph_wrappers:
+            self._graph_wrappers[bs] = [
+                self._wrapper(
+                    use_cuda_graph=True,
+                    paged_kv_indptr_buffer=self.kv_indptr[i][: num_tokens + 1],
+                    paged_kv_indices_buffer=self.cuda_graph_kv_indices[i][: num_tokens * self._longest(i)],
+                    paged_kv_last_page_len_buffer=self.kv_last_page_len[:num_tokens],
+                )
+                for i in range(self.num_wrappers)
+            ]
+        return self._graph_wrappers[bs]
+
+    def _longest(self, wrapper_index: int) -> int:
+        """Tokens that a request's page table can have: the prefetch policy goes by what a call may read at most."""
+        table_width = self.req_to_token_pool.req_to_token.shape[1]
+        if self.dispatch_reason == WrapperDispatch.SLIDING_WINDOW and wrapper_index == 0:
+            return min(table_width, self.indices_updater_decode.sliding_window_size + 1)
+        return table_width
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        if in_capture and self._serves and forward_batch.forward_mode.is_decode_or_idle():
+            self._log_graph(forward_batch.batch_size)
+
+    def _log_graph(self, bs: int) -> None:
+        """One line for each prefetch plan that differs from those of the graphs before."""
+        for wrapper in self._graph_wrappers[bs]:
+            plan = wrapper.prefetch_plan
+            if plan is not None and (levers := str(plan.codes())) not in self._graph_plans:
+                self._graph_plans.add(levers)
+                logger.info("fi_prefetch: prefetch from batch size %d: %s", bs, plan.reason)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        output = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        if self._window is not None:
+            self._window.after_attention(layer)
+        return output
+
+
+class _DecodePageTable(FlashInferIndicesUpdaterDecode):
+    """Fills a decode step's page table on the device, and leaves out what SGLang computes on the host for FlashInfer."""
+
+    def call_begin_forward(self, wrapper: Any, *args: Any, **kwargs: Any) -> None:
+        given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+        # With lengths on the host SGLang sums them up there, for FlashInfer's planner; our kernel has none.
+        lengths, given["seq_lens_cpu"] = given["seq_lens_cpu"], None
+        # Where the window's layers have a pool of their own, SGLang translates as many slots as the GPU says there are,
+        # which waits for the GPU. The number is known here whenever the lengths are.
+        translate = (
+            given.get("use_sliding_window_kv_pool", False) and lengths is not None and not self._reads_are_translated()
+        )
+        if translate:
+            given["use_sliding_window_kv_pool"] = False
+        super().call_begin_forward(wrapper, **given)
+        if translate:
+            slots = wrapper._paged_kv_indices_buf[: given["paged_kernel_lens_sum"]]
+            slots.copy_(self._swa_kv_pool.translate_loc_from_full_to_swa(slots))
+
+    def _reads_are_translated(self) -> bool:
+        """SGLang 0.5.23 may fill the table with the window pool's slots right away."""
+        translator = getattr(self.attn_backend, "kv_index_translator", None)
+        return translator is not None and translator.reads_are_translated

@@ -1,0 +1,54 @@
+"""Places where SGLang knows its backends by name, and would not know what ours is.
+
+Each is adapted in the scheduler process that serves with `fi_prefetch`, and only where the server's flags lead there.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from .plugin import NAME
+
+
+def draft_with_flashinfer() -> None:
+    """A draft model's attention under our name is FlashInfer's: SGLang maps names to draft backends in a table."""
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    original = DraftBackendFactory._create_backend
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def with_our_name(self: Any, backend_name: str, backend_map: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return original(self, backend_name, {**backend_map, NAME: backend_map["flashinfer"]}, *args, **kwargs)
+
+    DraftBackendFactory._create_backend = with_our_name
+
+
+def align_prefill_chunks() -> None:
+    """Deterministic inference cuts prefill chunks at multiples of FlashInfer's tile, which SGLang looks up by name."""
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.utils import get_int_env_var
+
+    original = Scheduler.init_deterministic_inference_config
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def with_our_name(self: Any) -> None:
+        original(self)
+        if self.truncation_align_size is None:
+            self.truncation_align_size = get_int_env_var("SGLANG_FLASHINFER_PREFILL_SPLIT_TILE_SIZE", 4096)
+
+    Scheduler.init_deterministic_inference_config = with_our_name
+
+
+def do_without_triton() -> None:
+    """The scheduler's own kernels are Triton's, which needs a GPU; SGLang goes by name to leave them out on the CPU."""
+    from sglang.srt.mem_cache import allocation
+    from sglang.srt.model_executor import forward_batch_info
+
+    for module in (allocation, forward_batch_info):
+        module.support_triton = lambda backend: False
+    allocation.get_last_loc_triton = allocation.get_last_loc_torch

@@ -1,0 +1,76 @@
+"""The window op: bring the KV that the next decode reads first into L2 while HBM is idle."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from . import device, dispatch
+from .decision import Decision, on_device
+from .decode import BatchDecodeWithPagedKVCacheWrapper
+from .launch import KV_LAYOUT_CODES
+from .prefetch import WINDOW_BLOCKS, budget_bytes
+
+
+def prefetch_kv(
+    wrapper: BatchDecodeWithPagedKVCacheWrapper,
+    paged_kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    budget: int | float | None = None,
+    stream: torch.cuda.Stream | None = None,
+) -> bool:
+    """Prefetches into L2 the head of each block's range, under the schedule that `wrapper.run` will use.
+
+    Fire and forget: it returns at once, and nobody need wait for it. Only a CUDA-graph capture needs `stream` to be
+    joined before it ends, as any stream.
+
+    Args:
+        wrapper: a planned wrapper.
+        paged_kv_cache: what `wrapper.run` will get.
+        budget: bytes (int) or fraction of L2 (float) to fill; None: the wrapper's policy's `l2_budget`.
+        stream: where to run, after what the current stream holds now; None: the current stream.
+
+    Returns whether a prefetch was launched: False on the CPU, and where our kernel does not serve the plan.
+
+    Raises RuntimeError before the first plan; ValueError or TypeError for a bad argument, by name.
+    """
+    if not isinstance(wrapper, BatchDecodeWithPagedKVCacheWrapper):
+        raise TypeError(
+            f"wrapper: expected fi_prefetch's BatchDecodeWithPagedKVCacheWrapper, got {type(wrapper).__name__}"
+        )
+    decision = wrapper._decision
+    if decision.choice.kernel == "none":
+        raise RuntimeError(f"prefetch_kv: expected plan() before prefetch_kv(): {decision.choice.reason}")
+    k, v = wrapper._check_cache(decision.spec, paged_kv_cache)
+    facts = device.facts(wrapper.device)
+    limit = budget_bytes(wrapper._policy.l2_budget if budget is None else budget, facts.l2_bytes if facts else 0)
+    if decision.module is None or not decision.spec.batch_size or not limit:
+        return False
+    if dispatch.cache_obstacle(k, v) is not None:
+        return False
+    _launch(wrapper, decision, k, v, limit, min(WINDOW_BLOCKS, facts.sm_count), stream)
+    return True
+
+
+def _launch(
+    wrapper: BatchDecodeWithPagedKVCacheWrapper, decision: Decision, k: torch.Tensor, v: torch.Tensor, limit: int,
+    blocks: int, stream: torch.cuda.Stream | None,
+) -> None:  # fmt: skip
+    with on_device(wrapper.device):
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(wrapper.device))
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            decision.module.prefetch_kv(
+                decision.plan_info,
+                k,
+                v,
+                wrapper._paged_kv_indptr_buf,
+                wrapper._paged_kv_indices_buf,
+                wrapper._paged_kv_last_page_len_buf,
+                KV_LAYOUT_CODES[wrapper._kv_layout],
+                decision.spec.window_left,
+                decision.spec.q_len_per_req,
+                limit,
+                blocks,
+                True,  # evict_last: what was brought in stays until attention reads it
+            )

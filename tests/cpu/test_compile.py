@@ -1,0 +1,193 @@
+"""The decode kernel through FlashInfer's JIT: compiled, linked, loaded, and its machine code looked at.
+
+Where there is no nvcc these tests fail: a kernel that nobody compiled is not known to compile.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from machine_code import Kernel, kernels
+
+from fi_prefetch import jit
+
+BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
+
+
+class Case(NamedTuple):
+    architecture: str
+    variant: jit.Variant
+
+    @property
+    def id(self) -> str:
+        return f"sm{self.architecture.replace('.', '')}-{self.variant.name.removeprefix('fi_prefetch_batch_decode_')}"
+
+    @property
+    def compute(self) -> int:
+        """Major compute capability times ten, and the minor."""
+        return int(re.sub(r"\D", "", self.architecture))
+
+
+def case(architecture: str, q: torch.dtype, kv: torch.dtype, o: torch.dtype, head_dim: int, *features: str) -> Any:
+    found = Case(architecture, jit.Variant(q, kv, o, head_dim, "window" in features, "cap" in features))
+    # Under xdist the tests of one library stay together, so that one process compiles it.
+    return pytest.param(found, id=found.id, marks=pytest.mark.xdist_group(found.id))
+
+
+# Every pair of element types with every head_dim; every architecture with every head_dim; sm_90a with every pair of
+# element types; all four choices of features with every head_dim.
+CASES = [
+    case("9.0a", BF16, BF16, BF16, 64),
+    case("8.0", F16, F16, F16, 64, "window"),
+    case("8.9", BF16, E4M3, BF16, 64, "cap"),
+    case("9.0a", BF16, E5M2, F16, 64, "window", "cap"),
+    case("10.0a", F16, E4M3, F16, 64, "window"),
+    case("12.0a", F16, E5M2, BF16, 64, "cap"),
+    case("8.0", BF16, BF16, F16, 128, "window", "cap"),
+    case("9.0a", F16, F16, F16, 128, "cap"),
+    case("9.0a", BF16, E4M3, BF16, 128, "window"),
+    case("10.0a", BF16, E5M2, BF16, 128),
+    case("12.0a", F16, E4M3, F16, 128, "window"),
+    case("8.9", F16, E5M2, F16, 128),
+    case("10.0a", BF16, BF16, BF16, 256, "window"),
+    case("12.0a", F16, F16, BF16, 256, "window", "cap"),
+    case("8.0", BF16, E4M3, BF16, 256),
+    case("8.9", BF16, E5M2, BF16, 256, "cap"),
+    case("9.0a", F16, E4M3, F16, 256, "window", "cap"),
+    case("9.0a", F16, E5M2, BF16, 256, "window"),
+]
+every_case = pytest.mark.parametrize("case", CASES)
+
+# The traits in a mangled name: head_dim, row tiles (of 8 query rows), stages, window, soft cap.
+_TRAITS = re.compile(r"(decode|prefetch_kv)_kernelINS_12DecodeTraitsI.+?Li(\d+)ELi(\d+)ELi(\d+)ELb([01])ELb([01])E")
+ROW_TILES = (1, 2)
+# 256 dimensions of 16 rows are 128 registers of sums a lane: the only kernel that may spill, and this much.
+MAX_SPILLED_BYTES = 32
+
+
+@dataclass
+class Compiled:
+    """A loaded module; its decode kernels by row tiles; its window kernel."""
+
+    module: Any
+    decode: dict[int, Kernel]
+    prefetch_kv: Kernel
+
+
+@functools.cache
+def compiled(case: Case) -> Compiled:
+    """Compiled, linked and loaded; from FlashInfer's cache where nothing changed since."""
+    spec = jit.jit_spec(case.variant, architectures=(case.architecture,))
+    spec.extra_cuda_cflags.append("-Werror=all-warnings")
+    module = spec.build_and_load()
+    decode, window = {}, []
+    for (architecture, name), kernel in kernels(spec.get_library_path()).items():
+        traits = _TRAITS.search(name)
+        assert traits, name
+        head_dim, row_tiles, _, sliding_window, soft_cap = map(int, traits.groups()[1:])
+        assert architecture == f"sm_{case.architecture.replace('.', '')}"
+        wanted = (case.variant.head_dim, case.variant.sliding_window, case.variant.soft_cap)
+        assert (head_dim, sliding_window, soft_cap) == wanted, name
+        if traits[1] == "decode":
+            decode[row_tiles] = kernel
+        else:
+            window.append(kernel)
+    assert len(window) == 1
+    return Compiled(module, decode, window[0])
+
+
+def test_the_cases_are_representative():
+    cases = [parameter.values[0] for parameter in CASES]
+    head_dims = set(jit.HEAD_DIMS)
+    types = {(variant.dtype_q, variant.dtype_kv) for variant in jit.all_variants()}
+
+    def pairs(*values):
+        return {tuple(value(c) for value in values) for c in cases}
+
+    def product(first, second):
+        return {(a, b) for a in first for b in second}
+
+    assert pairs(lambda c: (c.variant.dtype_q, c.variant.dtype_kv), lambda c: c.variant.head_dim) == product(
+        types, head_dims
+    )
+    architectures = {"8.0", "8.9", "9.0a", "10.0a", "12.0a"}
+    assert pairs(lambda c: c.architecture, lambda c: c.variant.head_dim) == product(architectures, head_dims)
+    assert {(c.variant.dtype_q, c.variant.dtype_kv) for c in cases if c.architecture == "9.0a"} == types
+    features = product((False, True), (False, True))
+    assert {(c.variant.sliding_window, c.variant.soft_cap) for c in cases if c.architecture == "9.0a"} == features
+    for head_dim in head_dims:
+        of_head_dim = [c.variant for c in cases if c.variant.head_dim == head_dim]
+        assert {(variant.sliding_window, variant.soft_cap) for variant in of_head_dim} == features
+
+
+@every_case
+def test_the_library_loads_and_has_the_module_functions(case):
+    module = compiled(case).module
+    for name in ("plan", "workspace_size", "run", "prefetch_kv"):
+        assert module.get_function(name) is not None, name
+    empty = torch.empty(0)
+    # What FlashInfer's wrapper passes, but another head_dim: refused by the compiled code, before it asks a GPU.
+    wrong = case.variant.head_dim + 1
+    window_left, soft_cap = (5 if case.variant.sliding_window else -1), (30.0 if case.variant.soft_cap else 0.0)
+    numbers = (1, 4, 2, 16, False, window_left, soft_cap, wrong, wrong)
+    with pytest.raises(ValueError, match=f"head_dim: this module was compiled for {case.variant.head_dim}, got {wrong}"):
+        module.plan(empty, empty, empty, empty, *numbers, empty, empty)
+    with pytest.raises(ValueError, match="num_qo_heads: expected at most 16 query rows per kv head, got 17"):
+        module.workspace_size(empty, empty, 1, 17, 1, 16, False, -1, 0.0, *2 * [case.variant.head_dim], empty, empty)
+
+
+@every_case
+def test_registers_and_spills(case):
+    found = compiled(case)
+    assert set(found.decode) == set(ROW_TILES)
+    for row_tiles, kernel in [*found.decode.items(), (0, found.prefetch_kv)]:
+        assert kernel.usage["LOCAL"] == 0
+        if case.variant.head_dim == 256 and row_tiles == 2:
+            assert kernel.usage["STACK"] <= MAX_SPILLED_BYTES
+        else:
+            assert kernel.usage["STACK"] == 0, (row_tiles, kernel.usage)
+            assert kernel.count("LDL") == kernel.count("STL") == 0, row_tiles
+    # A block of 256 threads must fit a register file of 65,536, and the window kernel beside whatever else runs.
+    assert max(kernel.usage["REG"] for kernel in found.decode.values()) <= 255
+    assert found.prefetch_kv.usage["REG"] <= 64
+
+
+@every_case
+def test_instructions(case):
+    found = compiled(case)
+    hopper = case.compute >= 90
+    # Q K^T runs in the query's type; P V too, but in half for an fp8 cache.
+    product_types = {case.variant.dtype_q, case.variant.dtype_q if case.variant.dtype_kv.itemsize == 2 else F16}
+    for row_tiles, kernel in found.decode.items():
+        in_bf16 = kernel.count("HMMA", "BF16")
+        in_half = kernel.count("HMMA") - in_bf16
+        assert (in_bf16 > 0, in_half > 0) == (BF16 in product_types, F16 in product_types), "tensor cores"
+        # For a tile, head_dim / 16 products of K and as many of V, for every 8 rows of queries; twice in the code for
+        # a window's or a length's edge is more than that.
+        assert kernel.count("HMMA") >= 2 * row_tiles * case.variant.head_dim // 16
+        assert kernel.count("LDGSTS", "BYPASS") > 0, "16-byte copies to shared memory that leave L1 out"
+        assert kernel.count("LDGDEPBAR") > 0 and kernel.count("DEPBAR") > 0, "groups of copies"
+        assert kernel.count("LDSM") > kernel.count("LDSM", "MT88") > 0, "ldmatrix, plain for K, transposed for V"
+        assert kernel.count("MOVM") > 0, "movmatrix: P from the one product's layout to the other's"
+        assert kernel.count("CCTL", "PF2") > 0, "prefetch of lines into L2"
+        assert (kernel.count("UBLKPF", "L2") > 0) == hopper, "prefetch of whole tiles into L2"
+        assert (kernel.count("ACQBULK") > 0) == hopper, "the wait for the kernels before"
+        assert (kernel.count("PREEXIT") > 0) == hopper, "the start of the kernels after"
+        assert kernel.count("FRND") == 0 and kernel.count("DADD") == kernel.count("DMUL") == 0, "no doubles"
+    window = found.prefetch_kv
+    assert window.count("CCTL", "PML2") > 0, "prefetch of lines that are to stay in L2"
+    assert (window.count("ACQBULK") > 0) == hopper
+    assert window.count("HMMA") == window.count("LDGSTS") == 0, "it computes nothing and copies nothing"
+
+
+@every_case
+def test_fp8_is_widened_by_the_hardware_that_can(case):
+    """From sm_89 on one instruction widens two numbers; sm_80 has integer arithmetic for it."""
+    widening = [kernel.count("F2FP", "UNPACK_B") for kernel in compiled(case).decode.values()]
+    fp8 = case.variant.dtype_kv.itemsize == 1
+    assert [number > 0 for number in widening] == 2 * [fp8 and case.compute >= 89]

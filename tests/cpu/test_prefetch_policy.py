@@ -1,0 +1,190 @@
+"""The prefetch policy and the plan it becomes: properties over random launches, and the cases that have names."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fi_prefetch.prefetch import (
+    MIB,
+    NAMED_POLICIES,
+    PROLOGUE_KV_BYTES,
+    READY_CODES,
+    WELL_FED_BYTES_PER_SM,
+    LaunchFacts,
+    PrefetchPolicy,
+    budget_bytes,
+    resolve,
+)
+
+tiles = st.one_of(st.just("auto"), st.integers(0, 1000))
+budgets = st.one_of(st.integers(0, 1 << 32), st.floats(0.0, 1.0))
+policies = st.builds(
+    PrefetchPolicy,
+    run_ahead=tiles,
+    prologue=tiles,
+    early_load=st.booleans(),
+    streaming_hint=st.sampled_from([True, False, "auto"]),
+    l2_budget=budgets,
+)
+launches = st.builds(
+    LaunchFacts,
+    blocks=st.integers(1, 1024),
+    warps=st.integers(1, 8),
+    stages=st.integers(2, 8),
+    tile_bytes=st.sampled_from([2048, 4096, 8192, 16384]),
+    kv_bytes=st.integers(0, 1 << 37),
+    l2_bytes=st.integers(1 << 20, 128 << 20),
+    sm_count=st.integers(1, 160),
+    ready=st.sampled_from(sorted(READY_CODES)),
+)
+H100 = LaunchFacts(132, 8, 3, 8192, 32 * MIB, 50 * MIB, 132)
+
+
+@given(policies, launches, st.booleans())
+def test_never_over_budget(policy, launch, pdl):
+    plan = resolve(policy, launch, pdl)
+    demand = launch.blocks * launch.warps * (plan.run_ahead + plan.prologue) * launch.tile_bytes
+    assert plan.demand_bytes == demand <= plan.budget_bytes <= launch.l2_bytes
+    assert plan.run_ahead >= 0 and plan.prologue >= 0
+
+
+@given(policies, launches, st.booleans())
+def test_never_more_than_there_is(policy, launch, pdl):
+    plan = resolve(policy, launch, pdl)
+    tiles_of_a_warp = -(-launch.kv_bytes // (launch.blocks * launch.warps * launch.tile_bytes))
+    assert plan.prologue <= tiles_of_a_warp
+    assert plan.run_ahead <= max(0, tiles_of_a_warp - launch.stages)
+
+
+@given(policies, launches, st.booleans(), st.integers(0, 1 << 32), st.integers(0, 1 << 32))
+def test_monotone_in_the_budget(policy, launch, pdl, one, other):
+    less, more = (
+        resolve(PrefetchPolicy(policy.run_ahead, policy.prologue, True, "auto", budget), launch, pdl)
+        for budget in sorted((one, other))
+    )
+    assert less.run_ahead <= more.run_ahead
+    assert less.prologue <= more.prologue
+
+
+@given(policies, launches)
+def test_nothing_before_a_wait_that_is_not_there(policy, launch):
+    plan = resolve(policy, launch, pdl=False)
+    assert plan.prologue == 0 and not plan.early_load
+
+
+@given(policies, launches, st.booleans())
+def test_early_load_only_on_a_promise(policy, launch, pdl):
+    assert resolve(policy, launch, pdl).early_load == (
+        pdl and policy.early_load and launch.ready == "all_but_last_token"
+    )
+
+
+@given(launches, st.booleans())
+def test_off_is_off(launch, pdl):
+    assert resolve(PrefetchPolicy.named("off"), launch, pdl).codes()[:3] == [0, 0, 0]
+
+
+@given(policies, launches, st.booleans())
+def test_codes(policy, launch, pdl):
+    plan = resolve(policy, launch, pdl)
+    run_ahead, prologue, early_load, ready, streaming = plan.codes()
+    assert (run_ahead, prologue) == (plan.run_ahead, plan.prologue)
+    assert bool(early_load) == plan.early_load and bool(streaming) == plan.streaming_hint
+    assert READY_CODES[launch.ready] == ready
+
+
+def test_auto_follows_the_measurements():
+    auto = PrefetchPolicy.named("auto")
+    well_fed = resolve(auto, H100, pdl=True)
+    assert well_fed.bytes_in_flight_per_sm == 192 << 10 >= WELL_FED_BYTES_PER_SM
+    assert (well_fed.run_ahead, well_fed.prologue) == (0, 3)
+    starved = resolve(auto, H100._replace(warps=1, stages=2), pdl=True)
+    assert starved.bytes_in_flight_per_sm == 16 << 10
+    assert starved.run_ahead == 6
+    large = resolve(auto, H100._replace(kv_bytes=PROLOGUE_KV_BYTES + 1), pdl=True)
+    assert large.prologue == 0 and large.streaming_hint
+    assert not well_fed.streaming_hint
+    promised = resolve(auto, H100._replace(ready="all_but_last_token"), pdl=True)
+    assert promised.early_load
+
+
+def test_the_paper_over_budget_shrinks_to_nothing():
+    """264 blocks that each prefetch 192 KB ahead ask for more than L2 holds."""
+    launch = LaunchFacts(264, 4, 3, 8192, 2 << 30, 50 * MIB, 132)
+    plan = resolve(PrefetchPolicy(run_ahead=6, prologue=0), launch, pdl=False)
+    assert plan.run_ahead == 3
+    assert "budget" in plan.reason
+    assert resolve(PrefetchPolicy(run_ahead=6, prologue=0, l2_budget=0.1), launch, pdl=False).run_ahead == 0
+    assert resolve(PrefetchPolicy.named("paper"), launch, pdl=False).run_ahead == 1
+
+
+def test_reasons_have_numbers():
+    plan = resolve(PrefetchPolicy.named("auto"), H100, pdl=True)
+    for part in ("prologue 3", "run-ahead 0", "early load off", "streaming hint off", "32.0 MiB", "192 KiB"):
+        assert part in plan.reason
+
+
+def test_empty_batch():
+    plan = resolve(PrefetchPolicy(run_ahead=5, prologue=5), H100._replace(kv_bytes=0), pdl=True)
+    assert plan.demand_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("auto", PrefetchPolicy()),
+        (" off ", NAMED_POLICIES["off"]),
+        ("paper", NAMED_POLICIES["paper"]),
+        ("run_ahead=2,prologue=4", PrefetchPolicy(run_ahead=2, prologue=4)),
+        ("run_ahead=auto, early_load=0", PrefetchPolicy(early_load=False)),
+        ("streaming_hint=on,l2_budget=0.25", PrefetchPolicy(streaming_hint=True, l2_budget=0.25)),
+        ("streaming_hint=auto,l2_budget=1000000", PrefetchPolicy(l2_budget=1000000)),
+    ],
+)
+def test_texts(text, policy, monkeypatch):
+    assert PrefetchPolicy.parse(text) == policy
+    monkeypatch.setenv("FI_PREFETCH_POLICY", text)
+    assert PrefetchPolicy.of(None) == policy
+    assert PrefetchPolicy.of("off") == NAMED_POLICIES["off"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["fast", "run_ahead", "run_ahead=", "run_ahead=-1", "run_ahead=two", "depth=2", "early_load=2", "l2_budget=1.5",
+     "l2_budget=-1", "run_ahead=2 prologue=4", "auto,run_ahead=2"],
+)  # fmt: skip
+def test_bad_texts(text, monkeypatch):
+    monkeypatch.setenv("FI_PREFETCH_POLICY", text)
+    with pytest.raises(ValueError, match="expected"):
+        PrefetchPolicy.of(None)
+
+
+def test_environment_left_out(monkeypatch):
+    monkeypatch.delenv("FI_PREFETCH_POLICY", raising=False)
+    assert PrefetchPolicy.of(None) == PrefetchPolicy()
+    monkeypatch.setenv("FI_PREFETCH_POLICY", "")
+    assert PrefetchPolicy.of(None) == PrefetchPolicy()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"run_ahead": -1}, {"prologue": 1.5}, {"run_ahead": True}, {"early_load": 1}, {"streaming_hint": 1},
+               {"l2_budget": -1}, {"l2_budget": 1.01}, {"l2_budget": "half"}, {"l2_budget": True}]
+)  # fmt: skip
+def test_bad_fields(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        PrefetchPolicy(**fields)
+
+
+def test_wrong_type():
+    with pytest.raises(TypeError, match="prefetch"):
+        PrefetchPolicy.of(3)
+
+
+def test_budget():
+    assert budget_bytes(0.5, 100) == 50
+    assert budget_bytes(30, 100) == 30
+    assert budget_bytes(300, 100) == 100
+    # One byte and all of L2.
+    assert budget_bytes(1, 100) == 1 and budget_bytes(1.0, 100) == 100

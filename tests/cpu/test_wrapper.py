@@ -1,0 +1,932 @@
+"""The wrapper: on CPU tensors against a dense computation; its GPU path with a module that stands in for the kernel."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import pickle
+import timeit
+from types import SimpleNamespace
+from typing import Any
+
+import flashinfer
+import flashinfer.decode
+import numpy
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fi_prefetch
+from fi_prefetch import decision, decode, device, jit, reference
+from fi_prefetch.prefetch import PrefetchPolicy
+
+HAS_0_7 = hasattr(flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper, "_plan_impl")
+
+
+def workspace(num_bytes: int = 1 << 20) -> torch.Tensor:
+    return torch.zeros(num_bytes, dtype=torch.uint8)
+
+
+def planned(batch, **options) -> fi_prefetch.BatchDecodeWithPagedKVCacheWrapper:
+    """A wrapper planned for a batch."""
+    constructor = {name: options.pop(name) for name in ("use_tensor_cores", "prefetch", "ready") if name in options}
+    size = options.pop("workspace_bytes", 1 << 20)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(size), batch.kv_layout, **constructor)
+    wrapper.plan(*batch.table, *batch.shape, q_len_per_req=batch.q_len, **batch.dtypes, **options)
+    return wrapper
+
+
+def graph_wrapper(batch, pages: int = 100, **options) -> fi_prefetch.BatchDecodeWithPagedKVCacheWrapper:
+    size = len(batch.lengths)
+    return fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(
+        workspace(),
+        batch.kv_layout,
+        use_cuda_graph=True,
+        paged_kv_indptr_buffer=torch.zeros(size + 1, dtype=torch.int32),
+        paged_kv_indices_buffer=torch.zeros(pages, dtype=torch.int32),
+        paged_kv_last_page_len_buffer=torch.zeros(size, dtype=torch.int32),
+        **options,
+    )
+
+
+def assert_decodes(result, expected, rtol: float = 1e-5) -> None:
+    for got, want in zip(result, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=rtol)
+
+
+# --- on the CPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("page_size", [1, 7, 16])
+@pytest.mark.parametrize("q_len", [1, 3])
+@pytest.mark.parametrize("as_pair", [False, True])
+def test_decodes(make_batch, dense_decode, kv_layout, page_size, q_len, as_pair):
+    batch = make_batch([5, 3, 16, 33], kv_layout=kv_layout, page_size=page_size, q_len=q_len)
+    wrapper = planned(batch)
+    cache = (batch.cache[:, 0], batch.cache[:, 1].clone()) if as_pair else batch.cache
+    expected = dense_decode(batch)
+    assert_decodes(wrapper.run(batch.q, cache, return_lse=True), expected)
+    assert_decodes(wrapper.run_return_lse(batch.q, cache), expected)
+    assert_decodes([wrapper.run(batch.q, cache)], expected[:1])
+    assert wrapper.kernel_choice.kernel == wrapper.resolved_backend == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("o_dtype", [None, torch.float32])
+def test_dtypes(make_batch, dense_decode, dtype, kv_dtype, o_dtype):
+    batch = make_batch([5, 0, 33], dtype=dtype, kv_dtype=kv_dtype)
+    out = planned(batch, o_data_type=o_dtype).run(batch.q, batch.cache)
+    assert out.dtype == (o_dtype or dtype)
+    assert_decodes([out], dense_decode(batch)[:1], rtol=1e-5 if o_dtype else 1e-2)
+
+
+def test_default_dtypes_are_flashinfers(make_batch):
+    batch = make_batch([5], dtype=torch.float16, kv_dtype=torch.bfloat16)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    wrapper.plan(*batch.table, *batch.shape, data_type="bfloat16")
+    assert wrapper.run(batch.q, batch.cache).dtype == torch.float16
+
+
+@pytest.mark.parametrize("window_left", [-1, 0, 9])
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_features(batch, dense_decode, window_left, soft_cap, with_sinks):
+    sinks = torch.linspace(-1, 1, 4) if with_sinks else None
+    wrapper = planned(batch, window_left=window_left, logits_soft_cap=soft_cap, sm_scale=0.2)
+    expected = dense_decode(batch, window_left=window_left, soft_cap=soft_cap or 0.0, sm_scale=0.2, sinks=sinks)
+    assert_decodes(wrapper.run(batch.q, batch.cache, sinks=sinks, return_lse=True), expected)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_scales(batch, dense_decode, as_tensor):
+    scales = {"q_scale": 2.0, "k_scale": 0.5, "v_scale": 3.0}
+    if as_tensor:
+        scales = {name: torch.tensor([value]) for name, value in scales.items()}
+    out, lse = planned(batch, sm_scale=0.3).run(batch.q, batch.cache, return_lse=True, **scales)
+    expected, expected_lse = dense_decode(batch, sm_scale=0.3)
+    assert_decodes((out, lse), (3 * expected, expected_lse))
+
+
+def test_a_v_scale_per_head(batch, dense_decode):
+    scale = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    out = planned(batch).run(batch.q, batch.cache, v_scale=scale)
+    assert_decodes([out], [dense_decode(batch)[0] * scale])
+
+
+def test_rope_and_alibi(make_batch):
+    batch = make_batch([5, 33])
+    for mode in ("ROPE_LLAMA", "ALIBI"):
+        wrapper = planned(batch, pos_encoding_mode=mode, rope_scale=2.0, rope_theta=100.0)
+        expected = reference.batch_decode(
+            batch.q, batch.cache[:, 0], batch.cache[:, 1], *batch.table,
+            pos_encoding_mode=mode, rope_scale=2.0, rope_theta=100.0,
+        )  # fmt: skip
+        assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), [t.double() for t in expected])
+
+
+def test_preallocated_results(batch, dense_decode):
+    out, lse = torch.full_like(batch.q, torch.nan), torch.full(batch.q.shape[:2], torch.nan)
+    result = planned(batch).run(batch.q, batch.cache, out=out, lse=lse, return_lse=True)
+    assert result[0] is out and result[1] is lse
+    assert_decodes(result, dense_decode(batch))
+
+
+def test_strided_tensors(batch, dense_decode):
+    wide = torch.zeros(*batch.cache.shape[:-1], 80)
+    wide[..., :64] = batch.cache
+    q = torch.zeros(4, 6, 64)[:, 1:5].copy_(batch.q)
+    assert_decodes(planned(batch).run(q, wide[..., :64], return_lse=True), dense_decode(batch))
+
+
+def test_empty_batch_and_empty_requests(make_batch):
+    batch = make_batch([0, 0])
+    out, lse = planned(batch).run(batch.q, batch.cache, return_lse=True)
+    assert not out.any() and (lse == -torch.inf).all()
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    nothing = torch.zeros(0, dtype=torch.int32)
+    wrapper.plan(torch.zeros(1, dtype=torch.int32), nothing, nothing, 4, 2, 64, 16, q_data_type="float32")
+    out, lse = wrapper.run(torch.zeros(0, 4, 64), batch.cache, return_lse=True)
+    assert out.shape == (0, 4, 64) and lse.shape == (0, 4)
+
+
+def test_int64_page_table(batch, dense_decode):
+    batch.indptr, batch.indices, batch.last_page_len = (t.long() for t in batch.table)
+    assert_decodes(planned(batch).run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
+
+
+def test_forward_sets_its_own_parameters(batch, dense_decode):
+    wrapper = planned(batch, window_left=3)
+    assert_decodes([wrapper.forward(batch.q, batch.cache)], dense_decode(batch)[:1])
+    wrapper.begin_forward(*batch.table, *batch.shape, **batch.dtypes)
+    result = wrapper.forward_return_lse(batch.q, batch.cache, window_left=5, logits_soft_cap=2.0, sm_scale=0.5)
+    assert_decodes(result, dense_decode(batch, window_left=5, soft_cap=2.0, sm_scale=0.5))
+    wrapper.end_forward()
+
+
+def test_q_len_per_req_at_run(make_batch):
+    batch = make_batch([5, 6], q_len=2)
+    wrapper = planned(batch)
+    with pytest.warns(DeprecationWarning, match="q_len_per_req"):
+        wrapper.run(batch.q, batch.cache, q_len_per_req=2)
+
+
+def test_graph_buffers_change_without_a_plan(make_batch, dense_decode):
+    batch = make_batch([5, 0, 40])
+    wrapper = graph_wrapper(batch)
+    wrapper.plan(*batch.table, *batch.shape, **batch.dtypes)
+    assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
+    later = make_batch([50, 17, 1], seed=1)
+    wrapper._paged_kv_indptr_buf.copy_(later.indptr)
+    wrapper._paged_kv_indices_buf[: len(later.indices)] = later.indices
+    wrapper._paged_kv_last_page_len_buf.copy_(later.last_page_len)
+    assert_decodes(wrapper.run(later.q, later.cache, return_lse=True), dense_decode(later))
+    assert wrapper.is_cuda_graph_enabled
+
+
+def test_graph_wrapper_class(batch, dense_decode):
+    buffers = [torch.zeros(n, dtype=torch.int32) for n in (5, 50, 4)]
+    wrapper = fi_prefetch.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(workspace(), *buffers, prefetch="off")
+    assert isinstance(wrapper, flashinfer.decode.CUDAGraphBatchDecodeWithPagedKVCacheWrapper)
+    assert isinstance(wrapper, fi_prefetch.BatchDecodeWithPagedKVCacheWrapper)
+    wrapper.plan(*batch.table, *batch.shape, **batch.dtypes)
+    assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
+    assert wrapper._paged_kv_indices_buf.data_ptr() == buffers[1].data_ptr()
+
+
+def test_fast_decode_plan(make_batch, dense_decode):
+    batch, later = make_batch([5, 16]), make_batch([40, 1, 17], seed=1)
+    wrapper = planned(batch)
+    wrapper.begin_forward = lambda *args, **kwargs: flashinfer.decode.fast_decode_plan(wrapper, *args, **kwargs)
+    if not HAS_0_7:
+        with pytest.raises((AssertionError, ValueError), match="(?i)cuda"):
+            wrapper.begin_forward(*later.table, *later.shape, **later.dtypes)
+        return
+    wrapper.begin_forward(*later.table, *later.shape, **later.dtypes)
+    assert_decodes(wrapper.run(later.q, later.cache, return_lse=True), dense_decode(later))
+
+
+def test_compiles_to_one_graph_once(make_batch, dense_decode):
+    batch = make_batch([5, 16])
+    wrapper = planned(batch)
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, backend=count)
+    def attend(q, cache):
+        return wrapper.run(q * 1.0, cache, return_lse=True)
+
+    assert_decodes(attend(batch.q, batch.cache), dense_decode(batch))
+    later = make_batch([16, 3], seed=1)
+    wrapper.plan(*later.table, *later.shape, **later.dtypes)
+    assert_decodes(attend(later.q, later.cache), dense_decode(later))
+    assert len(graphs) == 1
+
+
+def test_compiles_with_a_v_scale_on_the_device(batch, dense_decode):
+    wrapper = planned(batch)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def attend(q, cache, scale):
+        return wrapper.run(q, cache, v_scale=scale)
+
+    assert_decodes([attend(batch.q, batch.cache, torch.tensor(2.0))], [2 * dense_decode(batch)[0]])
+
+
+def test_integers_of_other_kinds(batch, dense_decode):
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    wrapper.plan(*batch.table, *(numpy.int64(number) for number in batch.shape), **batch.dtypes)
+    assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
+
+
+def test_custom_op_is_well_formed(batch):
+    wrapper = planned(batch)
+    out, lse = torch.empty_like(batch.q), torch.empty(batch.q.shape[:2])
+    torch.library.opcheck(
+        torch.ops.fi_prefetch.batch_decode.default,
+        (wrapper._number, batch.q, batch.cache[:, 0], batch.cache[:, 1], out, lse, None, None, None, None, None, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_prefetch_kv_checks_its_arguments(batch, make_batch):
+    wrapper = planned(batch)
+    assert fi_prefetch.prefetch_kv(wrapper, batch.cache) is False
+    assert fi_prefetch.prefetch_kv(wrapper, batch.cache, budget=1 << 20) is False
+    with pytest.raises(ValueError, match="l2_budget"):
+        fi_prefetch.prefetch_kv(wrapper, batch.cache, budget=-1)
+    with pytest.raises(ValueError, match="paged_kv_cache"):
+        fi_prefetch.prefetch_kv(wrapper, batch.cache[..., :32])
+    with pytest.raises(TypeError, match="wrapper"):
+        fi_prefetch.prefetch_kv(object(), batch.cache)
+    with pytest.raises(RuntimeError, match="plan"):
+        fi_prefetch.prefetch_kv(fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace()), batch.cache)
+
+
+def test_patch_flashinfer():
+    theirs = flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    ours = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper
+    assert theirs is not ours
+    with fi_prefetch.patch_flashinfer():
+        assert flashinfer.BatchDecodeWithPagedKVCacheWrapper is ours
+        assert flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper is ours
+        graph = fi_prefetch.CUDAGraphBatchDecodeWithPagedKVCacheWrapper
+        assert flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper is graph
+        with pytest.raises(KeyError), fi_prefetch.patch_flashinfer():
+            raise KeyError
+        assert flashinfer.BatchDecodeWithPagedKVCacheWrapper is ours
+    assert flashinfer.BatchDecodeWithPagedKVCacheWrapper is theirs
+    for_good = fi_prefetch.patch_flashinfer()
+    try:
+        with fi_prefetch.patch_flashinfer():
+            pass
+        assert flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper is ours
+    finally:
+        for_good.__exit__(None, None, None)
+    assert flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper is theirs
+
+
+def test_neither_pickled_nor_copied(batch):
+    wrapper = planned(batch)
+    for operation in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be pickled or copied"):
+            operation(wrapper)
+
+
+def test_new_workspaces(batch, dense_decode):
+    wrapper = planned(batch)
+    wrapper.reset_workspace_buffer(workspace(), workspace(64))
+    with pytest.raises(RuntimeError, match="plan"):
+        wrapper.run(batch.q, batch.cache)
+    wrapper.plan(*batch.table, *batch.shape, **batch.dtypes)
+    assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
+    assert wrapper.workspace_size(*batch.table, *batch.shape, **batch.dtypes) == (0, 0)
+
+
+def test_unsupported_on_the_cpu(batch):
+    wrapper = planned(batch)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        wrapper.run(batch.q, batch.cache, kv_cache_sf=batch.cache)
+    with pytest.raises(NotImplementedError, match="NVFP4"):
+        wrapper.plan(*batch.table, *batch.shape, kv_data_type=torch.uint8)
+    with pytest.raises(NotImplementedError, match="jit_args"):
+        fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(), jit_args=["name"])
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+INT = torch.int32
+BAD_CONSTRUCTOR = {
+    "workspace type": ({"float_workspace_buffer": [0]}, TypeError, "float_workspace_buffer"),
+    "workspace alignment": ({"float_workspace_buffer": workspace(100)[1:]}, ValueError, "16-byte"),
+    "workspace stride": ({"float_workspace_buffer": workspace(100)[::2]}, ValueError, "contiguous"),
+    "layout": ({"kv_layout": "NDH"}, ValueError, "kv_layout.*'NDH'"),
+    "ready": ({"ready": "soon"}, ValueError, "ready.*'soon'"),
+    "policy": ({"prefetch": "fast"}, ValueError, "prefetch policy.*'fast'"),
+    "policy type": ({"prefetch": 2}, TypeError, "prefetch"),
+    "no graph buffers": ({"use_cuda_graph": True}, ValueError, "paged_kv_indptr_buffer"),
+}
+GRAPH_BUFFERS = {
+    "paged_kv_indptr_buffer": torch.zeros(4, dtype=INT),
+    "paged_kv_indices_buffer": torch.zeros(9, dtype=INT),
+    "paged_kv_last_page_len_buffer": torch.zeros(3, dtype=INT),
+}
+BAD_GRAPH_BUFFERS = {
+    "indptr length": ({"paged_kv_indptr_buffer": torch.zeros(5, dtype=INT)}, "paged_kv_indptr_buffer.*4.*got 5"),
+    "float indices": ({"paged_kv_indices_buffer": torch.zeros(9)}, "paged_kv_indices_buffer.*float32"),
+    "mixed dtypes": ({"paged_kv_indices_buffer": torch.zeros(9, dtype=torch.int64)}, "paged_kv_indices_buffer.*int64"),
+    "rank": ({"paged_kv_last_page_len_buffer": torch.zeros(3, 1, dtype=INT)}, "paged_kv_last_page_len_buffer.*one"),
+}
+BAD_PLAN = {
+    "indptr dtype": ({"indptr": torch.zeros(5)}, ValueError, "indptr.*float32"),
+    "indptr rank": ({"indptr": torch.zeros(5, 1, dtype=INT)}, ValueError, r"indptr.*\(5, 1\)"),
+    "indptr length": ({"indptr": torch.zeros(4, dtype=INT)}, ValueError, "indptr.*5 entries.*got 4"),
+    "indptr stride": ({"indptr": torch.zeros(10, dtype=INT)[::2]}, ValueError, "indptr.*stride 2"),
+    "indptr type": ({"indptr": [0, 1]}, TypeError, "indptr.*list"),
+    "indices dtype": ({"indices": torch.zeros(5, dtype=torch.int64)}, ValueError, "indices.*int32.*int64"),
+    "indices device": ({"indices": torch.zeros(5, dtype=INT, device="meta")}, ValueError, "indices.*cpu.*meta"),
+    "last_page_len dtype": ({"last_page_len": torch.zeros(4)}, ValueError, "last_page_len.*float32"),
+    "heads that do not divide": ({"num_qo_heads": 5}, ValueError, "num_qo_heads.*2.*got 5"),
+    "no heads": ({"num_kv_heads": 0}, ValueError, "num_kv_heads.*at least 1.*0"),
+    "head_dim": ({"head_dim": 64.0}, TypeError, "head_dim.*64.0"),
+    "page_size": ({"page_size": -16}, ValueError, "page_size.*-16"),
+    "q_len_per_req": ({"q_len_per_req": 0}, ValueError, "q_len_per_req.*0"),
+    "window_left": ({"window_left": -2}, ValueError, "window_left.*-2"),
+    "pos_encoding_mode": ({"pos_encoding_mode": "ROPE"}, ValueError, "pos_encoding_mode.*'ROPE'"),
+    "q_data_type": ({"q_data_type": "float99"}, TypeError, "q_data_type.*'float99'"),
+    "no q_data_type": ({"q_data_type": None}, TypeError, "q_data_type.*None"),
+    "o_data_type": ({"o_data_type": int}, TypeError, "o_data_type"),
+    "lengths beyond the page table": ({"indices": torch.zeros(4, dtype=INT)}, ValueError, "indptr.*at most 4.*got 5"),
+    "indptr that falls": (
+        {"indptr": torch.tensor([0, 3, 1, 2, 5], dtype=INT)}, ValueError, r"indptr.*got 1 after 3.*request 1"
+    ),
+    "indptr below 0": ({"indptr": torch.tensor([-1, 1, 1, 2, 5], dtype=INT)}, ValueError, "indptr.*-1"),
+    "last page too long": (
+        {"last_page_len": torch.tensor([5, 0, 17, 1], dtype=INT)}, ValueError, "last_page_len.*request 2.*got 17"
+    ),
+    "last page empty": (
+        {"last_page_len": torch.tensor([5, 0, 16, 0], dtype=INT)}, ValueError, "last_page_len.*request 3.*got 0"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_CONSTRUCTOR.values(), ids=BAD_CONSTRUCTOR)
+def test_bad_constructor(changes, error, message):
+    with pytest.raises(error, match=message):
+        fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(**{"float_workspace_buffer": workspace(), **changes})
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_GRAPH_BUFFERS.values(), ids=BAD_GRAPH_BUFFERS)
+def test_bad_graph_buffers(changes, message):
+    with pytest.raises(ValueError, match=message):
+        fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(), use_cuda_graph=True, **GRAPH_BUFFERS | changes)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_PLAN.values(), ids=BAD_PLAN)
+def test_bad_plan(batch, dense_decode, changes, error, message):
+    names = ("indptr", "indices", "last_page_len", "num_qo_heads", "num_kv_heads", "head_dim", "page_size")
+    good = dict(zip(names, (*batch.table, *batch.shape), strict=True)) | batch.dtypes
+    wrapper = planned(batch)
+    with pytest.raises(error, match=message):
+        wrapper.plan(**good | changes)
+    # The plan before it still stands.
+    assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
+
+
+BAD_RUN = {
+    "q dtype": (lambda b: {"q": b.q.half()}, ValueError, "q: expected dtype torch.float32, got torch.float16"),
+    "q rows": (lambda b: {"q": b.q[:3]}, ValueError, r"q: expected shape \(4, 4, 64\), got \(3, 4, 64\)"),
+    "q rank": (lambda b: {"q": b.q[0]}, ValueError, "q: expected shape"),
+    "q heads": (lambda b: {"q": b.q[:, :2]}, ValueError, "q: expected shape"),
+    "q type": (lambda b: {"q": None}, TypeError, "q: expected a torch.Tensor"),
+    "q device": (lambda b: {"q": b.q.to("meta")}, ValueError, "q: expected device cpu, got meta"),
+    "q stride": (lambda b: {"q": b.q.repeat_interleave(2, 2)[..., ::2]}, ValueError, "q: expected a last stride of 1"),
+    "cache dtype": (lambda b: {"paged_kv_cache": b.cache.half()}, ValueError, "paged_kv_cache .*float16"),
+    "cache rank": (lambda b: {"paged_kv_cache": b.cache[0, 0, 0]}, ValueError, "paged_kv_cache: expected 5 dimensions"),
+    "cache type": (lambda b: {"paged_kv_cache": "kv"}, TypeError, "paged_kv_cache: expected a tensor or a pair"),
+    "cache of three": (lambda b: {"paged_kv_cache": (b.cache[:, 0],) * 3}, ValueError, "pair .*got 3"),
+    "cache head_dim": (lambda b: {"paged_kv_cache": b.cache[..., :32]}, ValueError, "paged_kv_cache .*shape"),
+    "cache page_size": (lambda b: {"paged_kv_cache": b.cache[:, :, :8]}, ValueError, "paged_kv_cache .*16, .*got .*8,"),
+    "cache layout": (lambda b: {"paged_kv_cache": b.cache.transpose(2, 3)}, ValueError, "paged_kv_cache .*NHD"),
+    "cache stride": (
+        lambda b: {"paged_kv_cache": b.cache.repeat_interleave(2, 4)[..., ::2]}, ValueError, "k_cache.*last stride"
+    ),
+    "v of other pages": (
+        lambda b: {"paged_kv_cache": (b.cache[:, 0], b.cache[1:, 1])}, ValueError, "v_cache.*expected shape"
+    ),
+    "page number": (lambda b: {"paged_kv_cache": b.cache[:2]}, ValueError, "indices: expected page numbers .* 0 to 1"),
+    "out dtype": (lambda b: {"out": b.q.half()}, ValueError, "out: expected dtype"),
+    "out shape": (lambda b: {"out": b.q[:3]}, ValueError, "out: expected shape"),
+    "out stride": (lambda b: {"out": b.q.mT.contiguous().mT}, ValueError, "out: expected a contiguous"),
+    "out address": (
+        lambda b: {"out": torch.zeros(4 * 4 * 64 + 1)[1:].view(4, 4, 64)}, ValueError, "out: expected a 16-byte aligned"
+    ),
+    "lse dtype": (lambda b: {"lse": torch.zeros(4, 4).half()}, ValueError, "lse: expected dtype torch.float32"),
+    "lse shape": (lambda b: {"lse": torch.zeros(4)}, ValueError, "lse: expected shape"),
+    "sinks shape": (lambda b: {"sinks": torch.zeros(2)}, ValueError, r"sinks: expected shape \(4,\)"),
+    "window_left": (lambda b: {"window_left": 7}, ValueError, "window_left: expected None or -1 as planned, got 7"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_RUN.values(), ids=BAD_RUN)
+def test_bad_run(batch, changes, error, message):
+    with pytest.raises(error, match=message):
+        planned(batch).run(**{"q": batch.q, "paged_kv_cache": batch.cache, "return_lse": True} | changes(batch))
+
+
+def test_the_first_bad_page_number(batch):
+    batch.indices[3] = 77
+    batch.indices[4] = -1
+    wrapper = planned(batch)
+    with pytest.raises(ValueError, match=r"indices: .* got 77 at position 3 \(request 3, its page 1\)"):
+        wrapper.run(batch.q, batch.cache)
+
+
+def test_run_before_plan(batch):
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    assert wrapper.kernel_choice.kernel == "none" and wrapper.prefetch_plan is None
+    with pytest.raises(RuntimeError, match="plan"):
+        wrapper.run(batch.q, batch.cache)
+
+
+def test_graph_wrapper_of_another_shape(batch, make_batch):
+    wrapper = graph_wrapper(batch)
+    other = make_batch([5, 5])
+    with pytest.raises(ValueError, match="batch size 4, got 2"):
+        wrapper.plan(*other.table, *other.shape, **other.dtypes)
+    small = graph_wrapper(batch, pages=3)
+    with pytest.raises(ValueError, match="indices: expected at most 3 entries.*got 5"):
+        small.plan(*batch.table, *batch.shape, **batch.dtypes)
+    wrapper.plan(*batch.table, *batch.shape, **batch.dtypes)
+    with pytest.raises(ValueError, match="q_len_per_req: expected 1.*got 2"):
+        wrapper.plan(*batch.table, *batch.shape, q_len_per_req=2, **batch.dtypes)
+
+
+# --- the GPU path ----------------------------------------------------------------------------------------------------
+
+H100 = device.describe("NVIDIA H100 80GB HBM3", (9, 0), 132, 50 << 20)
+
+
+class FakeModule:
+    """Has the compiled module's functions and argument order; runs the reference, so that wrong arguments show."""
+
+    def __init__(self, variant: jit.Variant) -> None:
+        self.variant = variant
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.partial_bytes = 4096
+        self.error: Exception | None = None
+
+    def plan(self, *args: Any) -> list[int]:
+        self.calls.append(("plan", args))
+        if self.error is not None:
+            raise self.error
+        assert len(args) == 15
+        batch_size, num_qo_heads, num_kv_heads, page_size, graph, window_left, soft_cap, qk, vo = args[4:13]
+        assert qk == vo == self.variant.head_dim
+        assert (window_left >= 0, soft_cap > 0) == (self.variant.sliding_window, self.variant.soft_cap)
+        assert (args[13].dtype, args[14].dtype) == (self.variant.dtype_q, self.variant.dtype_kv)
+        assert isinstance(graph, bool)
+        tile = 2 * 16 * qk * self.variant.dtype_kv.itemsize
+        return [132, 8, 8 * 3 * tile + 512, self.partial_bytes, 3 * 132 * 4, num_qo_heads // num_kv_heads, 1]
+
+    def workspace_size(self, *args: Any) -> list[int]:
+        self.calls.append(("workspace_size", args))
+        assert len(args) == 13
+        return [self.partial_bytes, 64]
+
+    def run(
+        self, float_workspace, counters, plan_info, q, k, v, indptr, indices, last_page_len, o, lse, layout,
+        window_left, enable_pdl, sinks, soft_cap, sm_scale, v_scale, q_len, prefetch,
+    ) -> None:  # fmt: skip
+        self.calls.append(("run", (enable_pdl, prefetch, counters, plan_info)))
+        assert isinstance(enable_pdl, bool) and len(prefetch) == 5 and len(plan_info) == 7
+        assert (window_left >= 0, soft_cap > 0) == (self.variant.sliding_window, self.variant.soft_cap)
+        assert (q.dtype, k.dtype, o.dtype) == (self.variant.dtype_q, self.variant.dtype_kv, self.variant.dtype_o)
+        assert counters.dtype == torch.int32 and counters.numel() >= 3 * 132 and not counters.any()
+        assert sinks is None or (sinks.dtype == torch.float32 and sinks.is_contiguous())
+        result, result_lse = reference.batch_decode(
+            q, k, v, indptr, indices, last_page_len, kv_layout=["NHD", "HND"][layout], sm_scale=sm_scale,
+            v_scale=v_scale, window_left=window_left, logits_soft_cap=soft_cap, q_len_per_req=q_len, sinks=sinks,
+            out_dtype=o.dtype,
+        )  # fmt: skip
+        o.copy_(result)
+        if lse is not None:
+            lse.copy_(result_lse)
+
+    def prefetch_kv(self, *args: Any) -> None:
+        self.calls.append(("prefetch_kv", args))
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """CPU tensors pass for an H100's: our kernel is a FakeModule, and FlashInfer's planner and run are recorded."""
+    modules: dict[jit.Variant, FakeModule] = {}
+    flashinfers: list[tuple[str, dict[str, Any]]] = []
+    their_module = SimpleNamespace(plan=lambda *args: ["their plan"], stage="theirs")
+
+    def load(variant: jit.Variant) -> FakeModule:
+        return modules.setdefault(variant, FakeModule(variant))
+
+    def plan(self, indptr, indices, last_page_len, *shape, **kwargs):
+        flashinfers.append(("plan", {"table": (indptr, indices, last_page_len), "shape": shape, **kwargs}))
+        assert self._backend != "fa2" or self._asked_backend == "fa2", "our pick of a backend reached FlashInfer"
+        self._cached_module = their_module
+        self._plan_info = self._cached_module.plan()
+        for name in ("window_left", "logits_soft_cap", "pos_encoding_mode", "sm_scale", "rope_scale", "rope_theta"):
+            setattr(self, f"_{name}", kwargs[name])
+        self._paged_kv_indptr_buf, self._paged_kv_indices_buf = indptr, indices
+        self._paged_kv_last_page_len_buf = last_page_len
+
+    def run(self, q, cache, *args, **kwargs):
+        flashinfers.append(("run", {"args": args, "module": self._cached_module, **kwargs}))
+        return "their result"
+
+    base = flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper
+    monkeypatch.setattr(base, "_plan_impl" if HAS_0_7 else "plan", plan)
+    monkeypatch.setattr(base, "run", run)
+    monkeypatch.setattr(device, "facts", lambda where: H100)
+    monkeypatch.setattr(jit, "load", load)
+    monkeypatch.setattr(decode, "device_support_pdl", lambda where: True)
+    return SimpleNamespace(modules=modules, flashinfers=flashinfers, their_module=their_module)
+
+
+@pytest.fixture
+def half_batch(make_batch):
+    return make_batch([5, 0, 16, 33], dtype=torch.bfloat16)
+
+
+def only(modules: dict[jit.Variant, FakeModule]) -> FakeModule:
+    (module,) = modules.values()
+    return module
+
+
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("q_len", [1, 3])
+@pytest.mark.parametrize("features", [{}, {"window_left": 9}, {"logits_soft_cap": 3.0}, {"sm_scale": 0.3}])
+def test_gpu_arguments(gpu, make_batch, dense_decode, kv_layout, q_len, features):
+    batch = make_batch([5, 3, 16, 33], kv_layout=kv_layout, q_len=q_len, dtype=torch.float16)
+    wrapper = planned(batch, **features)
+    sinks = torch.linspace(-1, 1, 4, dtype=torch.float16)
+    result = wrapper.run(batch.q, batch.cache, return_lse=True, sinks=sinks, v_scale=2.0)
+    options = {"soft_cap" if name == "logits_soft_cap" else name: value for name, value in features.items()}
+    expected, expected_lse = dense_decode(batch, sinks=sinks, **options)
+    assert_decodes(result, (2 * expected, expected_lse), rtol=2e-3)
+    module = only(gpu.modules)
+    assert module.names() == ["plan", "run"]
+    assert module.calls[0][1][4:8] == (4, 4 * q_len, 2, 16)
+    assert wrapper.kernel_choice.kernel == wrapper.resolved_backend == "fi_prefetch"
+    assert module.variant.name in wrapper.kernel_choice.reason
+    assert not gpu.flashinfers
+
+
+def test_gpu_plans_once_for_the_same_shape(gpu, half_batch, make_batch):
+    wrapper = planned(half_batch)
+    for lengths in ([50, 1, 1, 1], [0, 0, 0, 1]):
+        later = make_batch(lengths, dtype=torch.bfloat16)
+        wrapper.plan(*later.table, *later.shape, **later.dtypes)
+        wrapper.run(later.q, later.cache)
+    assert only(gpu.modules).names() == ["plan", "run", "run"]
+    smaller = make_batch([5, 5, 5], dtype=torch.bfloat16)
+    for batch in (smaller, half_batch, smaller):
+        wrapper.plan(*batch.table, *batch.shape, **batch.dtypes)
+        wrapper.run(batch.q, batch.cache)
+    assert only(gpu.modules).names()[3:] == ["plan", "run", "run", "run"]
+
+
+def test_gpu_prefetch_plan(gpu, half_batch):
+    wrapper = planned(half_batch, prefetch="run_ahead=2,prologue=1,l2_budget=0.5", ready="page_table")
+    plan = wrapper.prefetch_plan
+    assert (plan.facts.blocks, plan.facts.warps, plan.facts.stages) == (132, 8, 3)
+    assert plan.facts.tile_bytes == 2 * 16 * 64 * 2
+    # Five pages of 16 tokens, K and V, two kv heads: 40,960 bytes, rounded up to a power of two.
+    assert plan.facts.kv_bytes == 65536
+    assert plan.prologue == 1 and plan.ready == "page_table" and plan.pdl
+    module = only(gpu.modules)
+    for enable_pdl, prologue in ((None, 1), (True, 1), (False, 0)):
+        wrapper.run(half_batch.q, half_batch.cache, enable_pdl=enable_pdl)
+        pdl, codes, _, _ = module.calls[-1][1]
+        assert pdl == (enable_pdl is not False)
+        assert codes == [plan.run_ahead, prologue, 0, 1, 0]
+    assert PrefetchPolicy.parse("off") == planned(half_batch, prefetch="off")._policy
+
+
+def test_gpu_kv_bytes_follow_the_plan(gpu, make_batch):
+    batch = make_batch([5], dtype=torch.bfloat16)
+    wrapper = planned(batch)
+    small = wrapper.prefetch_plan.facts.kv_bytes
+    pages = torch.arange(64, dtype=torch.int32)
+    table = torch.tensor([0, 64], dtype=torch.int32), pages, torch.tensor([16], dtype=torch.int32)
+    wrapper.plan(*table, *batch.shape, **batch.dtypes)
+    assert wrapper.prefetch_plan.facts.kv_bytes == 64 * small
+
+
+def test_gpu_counters_are_the_wrappers_own(gpu, half_batch, monkeypatch):
+    wrapper = planned(half_batch)
+    module = only(gpu.modules)
+    wrapper.run(half_batch.q, half_batch.cache)
+    first = module.calls[-1][1][2]
+    wrapper.run(half_batch.q, half_batch.cache)
+    assert module.calls[-1][1][2] is first
+    original = FakeModule.plan
+    monkeypatch.setattr(FakeModule, "plan", lambda self, *args: [*original(self, *args)[:4], 1 << 20, 2, 1])
+    wrapper.plan(*half_batch.table, *half_batch.shape, window_left=3, **half_batch.dtypes)
+    wrapper.run(half_batch.q, half_batch.cache)
+    # The old ones stay: a graph may have been captured with them.
+    assert [counters.numel() for counters in wrapper._counters] == [1024, 1 << 18]
+    assert wrapper._counters[0] is first
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch_size", [1, 256])
+def test_gpu_plan_reads_no_tensor(gpu, monkeypatch, batch_size):
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    wrapper._check_contents = False  # as on a GPU
+    table = (
+        torch.arange(batch_size + 1, dtype=torch.int32) * 16,
+        torch.arange(batch_size * 16, dtype=torch.int32),
+        torch.ones(batch_size, dtype=torch.int32),
+    )
+    for name in ("cpu", "item", "tolist", "numpy", "__int__", "__bool__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+
+    def plan() -> None:
+        wrapper.plan(*table, 32, 8, 128, 1, q_data_type=torch.bfloat16)
+
+    plan()
+    with Recorder() as recorder:
+        plan()
+    assert not recorder.ops
+    # The time to beat is 10 us; the bound leaves room for a busy machine.
+    assert min(timeit.repeat(plan, number=200, repeat=20)) / 200 < 100e-6
+
+
+def test_gpu_graph_plan_only_copies_into_the_buffers(gpu, half_batch):
+    wrapper = graph_wrapper(half_batch)
+    wrapper._check_contents = False
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    with Recorder() as recorder:
+        wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    assert recorder.ops.count("aten.copy_.default") == 3
+    assert set(recorder.ops) <= {"aten.copy_.default", "aten.slice.Tensor"}
+    buffers = wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf[:5], wrapper._paged_kv_last_page_len_buf
+    for buffer, source in zip(buffers, half_batch.table, strict=True):
+        assert torch.equal(buffer, source)
+    with Recorder() as recorder:
+        wrapper.plan(*buffers, *half_batch.shape, **half_batch.dtypes)
+    assert not recorder.ops
+
+
+UNSERVED_PLANS = {
+    "rope": {"pos_encoding_mode": "ROPE_LLAMA", "rope_scale": 2.0},
+    "fixed split": {"fixed_split_size": 4},
+    "no split": {"disable_split_kv": True},
+    "too many rows": {"q_len_per_req": 9},
+    "float32": {"q_data_type": torch.float32, "kv_data_type": torch.float32},
+}
+
+
+@pytest.mark.parametrize("changes", UNSERVED_PLANS.values(), ids=UNSERVED_PLANS)
+def test_gpu_unserved_plan_is_flashinfers(gpu, half_batch, changes):
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes | changes)
+    assert wrapper.kernel_choice.kernel == "flashinfer" and wrapper.kernel_choice.reason
+    ((_, arguments),) = gpu.flashinfers
+    assert arguments["table"] == half_batch.table and arguments["shape"] == half_batch.shape
+    for name, value in changes.items():
+        assert arguments[name] == value
+    assert "window_right" not in arguments and "is_causal" not in arguments
+    assert wrapper.run(half_batch.q, half_batch.cache, v_scale=2.0) == "their result"
+    assert gpu.flashinfers[-1][1]["v_scale"] == 2.0
+    assert wrapper.resolved_backend == "fa2" and wrapper.prefetch_plan is None
+
+
+def test_gpu_small_workspace(gpu, half_batch):
+    wrapper = planned(half_batch, workspace_bytes=1024)
+    assert wrapper.kernel_choice.kernel == "flashinfer"
+    assert "1024 bytes" in wrapper.kernel_choice.reason and "4096" in wrapper.kernel_choice.reason
+    assert wrapper.workspace_size(*half_batch.table, *half_batch.shape, **half_batch.dtypes) == (4096, 64)
+    wrapper.reset_workspace_buffer(workspace(4096), workspace(64))
+    with pytest.raises(RuntimeError, match="plan"):
+        wrapper.run(half_batch.q, half_batch.cache)
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    assert wrapper.kernel_choice.kernel == "fi_prefetch"
+    wrapper.reset_workspace_buffer(workspace(8192), workspace(64))
+    wrapper.run(half_batch.q, half_batch.cache)
+    assert wrapper.kernel_choice.kernel == "fi_prefetch"
+
+
+def test_gpu_without_a_compiler(gpu, half_batch, monkeypatch):
+    def fail(variant):
+        raise jit.KernelUnavailableError("no CUDA compiler: install one")
+
+    monkeypatch.setattr(jit, "load", fail)
+    wrapper = planned(half_batch)
+    assert wrapper.kernel_choice == fi_prefetch.KernelChoice("flashinfer", "no CUDA compiler: install one")
+    assert wrapper.run(half_batch.q, half_batch.cache) == "their result"
+
+
+def test_gpu_kernel_that_cannot_plan(gpu, half_batch):
+    variant = planned(half_batch)._decision.spec.variant()
+    gpu.modules[variant].error = RuntimeError("too little shared memory")
+    wrapper = planned(half_batch)
+    assert wrapper.kernel_choice.kernel == "flashinfer"
+    assert "too little shared memory" in wrapper.kernel_choice.reason
+
+
+def misaligned(batch) -> torch.Tensor:
+    memory = torch.zeros(batch.cache.numel() + 8, dtype=batch.cache.dtype)
+    return memory[4 : 4 + batch.cache.numel()].view(batch.cache.shape).copy_(batch.cache)
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_gpu_late_flashinfer(gpu, half_batch, tensor_cores):
+    """A cache that our kernel cannot read: FlashInfer plans at the first such run, once, and ours serves the rest."""
+    wrapper = planned(half_batch, use_tensor_cores=tensor_cores, sm_scale=0.5, seq_lens=torch.tensor([5, 0, 16, 33]))
+    ours = [wrapper.run(half_batch.q, half_batch.cache) for _ in range(2)]
+    for _ in range(2):
+        assert wrapper.run(half_batch.q, misaligned(half_batch), q_scale=3.0) == "their result"
+        assert wrapper.kernel_choice.kernel == "flashinfer" and "16 bytes" in wrapper.kernel_choice.reason
+        assert wrapper.resolved_backend != "fi_prefetch"
+    assert [name for name, _ in gpu.flashinfers] == ["plan", "run", "run"]
+    plan = gpu.flashinfers[0][1]
+    assert plan["sm_scale"] == 0.5 and plan["seq_lens"] is not None and plan["q_data_type"] == torch.bfloat16
+    for got, want in zip(plan["table"], half_batch.table, strict=True):
+        assert torch.equal(got, want)
+    assert gpu.flashinfers[-1][1]["q_scale"] == 3.0
+    # FlashInfer's run finds its module behind ours.
+    assert gpu.flashinfers[-1][1]["module"].stage == "theirs"
+    assert torch.equal(wrapper.run(half_batch.q, half_batch.cache), ours[0])
+    assert wrapper.kernel_choice.kernel == "fi_prefetch"
+    # A new plan is a new plan for FlashInfer, too.
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    wrapper.run(half_batch.q, misaligned(half_batch))
+    assert [name for name, _ in gpu.flashinfers] == ["plan", "run", "run", "plan", "run"]
+
+
+def test_gpu_late_flashinfer_while_capturing(gpu, half_batch, monkeypatch):
+    wrapper = planned(half_batch)
+    monkeypatch.setattr(decode.BatchDecodeWithPagedKVCacheWrapper, "_is_capturing", lambda self: True)
+    with pytest.raises(RuntimeError, match="16 bytes.*captured"):
+        wrapper.run(half_batch.q, misaligned(half_batch))
+    wrapper.run(half_batch.q, half_batch.cache)
+    assert not gpu.flashinfers
+
+
+LATE = {
+    "extra arguments": ((1,), {}),
+    "NVFP4 scales": ((), {"kv_cache_sf": torch.zeros(1)}),
+    "skip softmax": ((), {"skip_softmax_threshold_scale_factor": 1.0}),
+    "a scale per head": ((), {"k_scale": torch.ones(4)}),
+    "a scale on another device": ((), {"q_scale": torch.ones(1, device="meta")}),
+}
+
+
+@pytest.mark.parametrize(("args", "kwargs"), LATE.values(), ids=LATE)
+def test_gpu_unserved_run_is_flashinfers(gpu, half_batch, args, kwargs):
+    wrapper = planned(half_batch)
+    assert wrapper.run(half_batch.q, half_batch.cache, *args, **kwargs) == "their result"
+    run = gpu.flashinfers[-1][1]
+    assert run["args"] == args and all(run[name] is value for name, value in kwargs.items())
+
+
+def test_gpu_forward_changes_the_variant(gpu, half_batch, dense_decode):
+    wrapper = planned(half_batch)
+    out = wrapper.forward(half_batch.q, half_batch.cache, logits_soft_cap=3.0, window_left=9)
+    assert_decodes([out], dense_decode(half_batch, soft_cap=3.0, window_left=9)[:1], rtol=1e-2)
+    assert len(gpu.modules) == 2
+    assert wrapper.forward(half_batch.q, half_batch.cache, pos_encoding_mode="ROPE_LLAMA") == "their result"
+    assert gpu.flashinfers[0][1]["pos_encoding_mode"] == "ROPE_LLAMA"
+    assert_decodes([wrapper.forward(half_batch.q, half_batch.cache)], dense_decode(half_batch)[:1], rtol=1e-2)
+    assert wrapper.kernel_choice.kernel == "fi_prefetch"
+
+
+def fast_plan_arguments(wrapper, batch, form: int) -> tuple[Any, ...]:
+    """What FlashInfer's fast_decode_plan calls `_cached_module.plan` with."""
+    num_qo_heads, num_kv_heads, head_dim, page_size = batch.shape
+    size = len(batch.lengths)
+    buffers = (wrapper._float_workspace_buffer, wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer)
+    heads = (num_qo_heads, num_kv_heads, page_size, wrapper.is_cuda_graph_enabled)
+    if form == 15:
+        empty = torch.empty(0, dtype=torch.float16)
+        return (*buffers, batch.indptr, size, *heads, -1, 0.0, head_dim, head_dim, empty, empty)
+    table = (torch.arange(size + 1), batch.indptr, torch.tensor(batch.lengths))
+    args = (*buffers, *table, size, size, *heads, head_dim, head_dim, False, -1, -1, False, 0, 0)
+    return args[:form]
+
+
+@pytest.mark.parametrize("form", [15, 16, 19, 20])
+def test_gpu_fast_plan(gpu, half_batch, make_batch, dense_decode, form):
+    """FlashInfer's fast_decode_plan itself needs a CUDA device; this does what it does with the wrapper."""
+    wrapper = planned(half_batch, use_tensor_cores=form != 15)
+    later = make_batch([40, 1, 17], seed=1, dtype=torch.bfloat16)
+    wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf, wrapper._paged_kv_last_page_len_buf = later.table
+    wrapper._plan_info = wrapper._cached_module.plan(*fast_plan_arguments(wrapper, later, form))
+    assert list(wrapper._plan_info)[:2] == [132, 8]
+    assert_decodes(wrapper.run(later.q, later.cache, return_lse=True), dense_decode(later), rtol=1e-2)
+    assert wrapper.kernel_choice.kernel == "fi_prefetch"
+    assert not gpu.flashinfers
+    # Also once FlashInfer had to serve a run of this plan.
+    wrapper.run(later.q, misaligned(later))
+    wrapper._plan_info = wrapper._cached_module.plan(*fast_plan_arguments(wrapper, later, form))
+    assert_decodes(wrapper.run(later.q, later.cache, return_lse=True), dense_decode(later), rtol=1e-2)
+
+
+def test_gpu_fast_plan_that_ours_cannot_serve(gpu, half_batch, make_batch):
+    wrapper = planned(half_batch, use_tensor_cores=True)
+    later = make_batch([40, 1, 17], seed=1, dtype=torch.bfloat16)
+    wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf, wrapper._paged_kv_last_page_len_buf = later.table
+    args = list(fast_plan_arguments(wrapper, later, 20))
+    args[16] = 8
+    wrapper._plan_info = wrapper._cached_module.plan(*args)
+    assert wrapper._plan_info == ["their plan"] and wrapper._cached_module is gpu.their_module
+    assert gpu.flashinfers[0][1]["fixed_split_size"] == 8
+    assert wrapper.run(later.q, later.cache) == "their result"
+    with pytest.raises(TypeError, match="got 3"):
+        wrapper._module.plan(1, 2, 3)
+
+
+def test_gpu_fast_plan_of_several_query_tokens(gpu, make_batch, dense_decode):
+    """0.7's fast path refuses these without tensor cores, and the wrapper leads it to the full plan; 0.6's has none."""
+    if not HAS_0_7:
+        assert "q_len_per_req" not in inspect.signature(flashinfer.decode.fast_decode_plan).parameters
+        return
+    batch = make_batch([5, 16], q_len=2, dtype=torch.bfloat16)
+    wrapper = planned(batch)
+    later = make_batch([40, 3, 17], q_len=2, seed=1, dtype=torch.bfloat16)
+    flashinfer.decode.fast_decode_plan(wrapper, *later.table, *later.shape, q_len_per_req=2, **later.dtypes)
+    assert_decodes(wrapper.run(later.q, later.cache, return_lse=True), dense_decode(later), rtol=1e-2)
+    assert not gpu.flashinfers
+
+
+def test_gpu_prefetch_kv(gpu, half_batch):
+    wrapper = planned(half_batch, prefetch="auto", window_left=9)
+    assert fi_prefetch.prefetch_kv(wrapper, half_batch.cache) is True
+    module = only(gpu.modules)
+    name, args = module.calls[-1]
+    assert name == "prefetch_kv" and len(args) == 12
+    assert args[0] is wrapper._decision.plan_info and torch.equal(args[3], half_batch.indptr)
+    assert args[6:] == (0, 9, 1, 25 << 20, 32, True)
+    fi_prefetch.prefetch_kv(wrapper, half_batch.cache, budget=0.25)
+    assert module.calls[-1][1][9] == (50 << 20) // 4
+    count = len(module.calls)
+    assert fi_prefetch.prefetch_kv(wrapper, half_batch.cache, budget=0) is False
+    assert fi_prefetch.prefetch_kv(wrapper, misaligned(half_batch)) is False
+    assert len(module.calls) == count
+
+
+def test_gpu_empty_batch_launches_nothing(gpu):
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    nothing = torch.zeros(0, dtype=torch.int32)
+    wrapper.plan(torch.zeros(1, dtype=torch.int32), nothing, nothing, 4, 2, 64, 16, q_data_type="float16")
+    out = wrapper.run(torch.zeros(0, 4, 64).half(), torch.zeros(3, 2, 16, 2, 64).half())
+    assert out.shape == (0, 4, 64)
+    assert only(gpu.modules).names() == ["plan"]
+
+
+def test_gpu_plan_that_fails_leaves_the_one_before(gpu, half_batch, make_batch, monkeypatch):
+    wrapper = planned(half_batch)
+    before = wrapper.run(half_batch.q, half_batch.cache)
+    later = make_batch([40, 1, 17], dtype=torch.bfloat16)
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("no room for the page table")
+
+    monkeypatch.setattr(wrapper, "_set_page_table", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        wrapper.plan(*later.table, *later.shape, **later.dtypes)
+    assert torch.equal(wrapper.run(half_batch.q, half_batch.cache), before)
+
+
+def test_gpu_check_contents_is_asked_for(gpu, half_batch, monkeypatch):
+    """FI_PREFETCH_CHECK decides on a GPU; on the CPU, where nothing waits, the check is always on."""
+    half_batch.indices[0] = 1000
+    wrapper = planned(half_batch)
+    with pytest.raises(ValueError, match="got 1000 at position 0"):
+        wrapper.run(half_batch.q, half_batch.cache)
+    assert not any(name == "run" for name in only(gpu.modules).names())
+    assert "FI_PREFETCH_CHECK" not in os.environ
+
+
+def test_decisions_are_made_on_the_wrappers_device(gpu, half_batch, monkeypatch):
+    used = []
+    original = decision.on_device
+    monkeypatch.setattr(decision, "on_device", lambda where: used.append(where) or original(where))
+    planned(half_batch)
+    assert used == [torch.device("cpu")]

@@ -1,0 +1,115 @@
+"""What compute-sanitizer watches: every variant of the kernels on small shapes, each answer held against the reference.
+
+Run it through `fi-prefetch check`, or by itself: `compute-sanitizer --tool memcheck python tests/gpu/sanitize.py`.
+Its last line says how many cases passed and how many failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+from harness import Case, Inputs, build, new_wrapper, plan, poison_unused, relative_error, run, same_bits, truth
+
+import fi_prefetch
+
+TOLERANCE = 0.02
+
+
+def cases() -> list[tuple[Case, dict[str, str]]]:
+    """Cases, each with options of the wrapper."""
+    dtypes = (("bf16", "bf16"), ("bf16", "e4m3"), ("bf16", "e5m2"), ("f16", "f16"), ("f16", "e4m3"), ("f16", "e5m2"))
+    lens = (1, 0, 40, 300)
+    plain = [Case(lens=lens, q=q, kv=kv, dim=dim, page=1) for q, kv in dtypes for dim in (64, 128, 256)]
+    plain += [Case(lens=lens, page=64, layout="HND", kv=kv) for kv in ("bf16", "e4m3")]
+    plain += [Case(lens=lens, page=page) for page in (3, 16)]
+    plain += [Case(lens=(200, 33), heads=(2 * group, 2), dim=dim) for group in (1, 8, 16) for dim in (64, 128, 256)]
+    plain += [Case(lens=(20000,), heads=(8, 1)), Case(lens=(9000, 5, 700), page=1), Case(lens=(20,) * 150, page=1)]
+    plain += [Case(lens=(0,)), Case(lens=(0, 0, 5)), Case(lens=(64,) * 40, heads=(32, 32))]
+    plain += [Case(lens=lens, window=window) for window in (0, 17, 200)]
+    plain += [Case(lens=lens, cap=30.0), Case(lens=lens, cap=30.0, window=17), Case(lens=lens, sinks=True)]
+    plain += [Case(lens=(16, 300), q_len=q_len) for q_len in (2, 4)]
+    plain += [Case(lens=lens, storage=storage) for storage in ("one", "strided", "different_strides")]
+    plain += [Case(lens=lens, o="f16")]
+    levers = [
+        {"prefetch": policy, "ready": ready}
+        for policy in (
+            "off",
+            "paper",
+            "run_ahead=4,prologue=4,streaming_hint=1",
+            "run_ahead=64,prologue=64,l2_budget=1.0",
+        )
+        for ready in ("nothing", "page_table", "all_but_last_token")
+    ]
+    watched = (Case(lens=(700, 3, 0, 64), page=1), Case(lens=(700, 64), page=64, layout="HND", kv="e4m3"))
+    return [(case, {}) for case in plain] + [(case, options) for case in watched for options in levers]
+
+
+def expect_close(inputs: Inputs, out: torch.Tensor) -> None:
+    """On the CPU: no other kernel runs under the tool than those in question."""
+    on_cpu = dataclasses.replace(
+        inputs,
+        **{
+            field.name: value.cpu()
+            for field in dataclasses.fields(inputs)
+            if isinstance(value := getattr(inputs, field.name), torch.Tensor) and field.name != "cache"
+        },
+    )
+    expected, _ = truth(on_cpu)
+    error = relative_error(out.cpu(), expected) if bool(expected.any()) else float(out.float().abs().max())
+    assert error <= TOLERANCE, f"relative error {error:.3g}"
+
+
+def check_run(case: Case, options: dict[str, str]) -> None:
+    """Runs twice, with and without dependent launch, and once after a window prefetch."""
+    inputs = build(case)
+    poison_unused(inputs)
+    wrapper = new_wrapper(case, **options)
+    plan(wrapper, inputs)
+    out, _ = run(wrapper, inputs, enable_pdl=True)
+    fi_prefetch.prefetch_kv(wrapper, inputs.cache)
+    again, _ = run(wrapper, inputs, enable_pdl=False)
+    assert same_bits(out, again), "two runs differ"
+    expect_close(inputs, out)
+
+
+def check_graph() -> None:
+    """A replayed graph of calls that share a workspace and its counters."""
+    inputs = build(Case(lens=(700, 33, 1), page=1))
+    wrapper = new_wrapper(inputs.case)
+    plan(wrapper, inputs)
+    expected, _ = run(wrapper, inputs)
+    outs = [torch.empty_like(expected) for _ in range(3)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for out in outs:
+            wrapper.run(inputs.q, inputs.cache, out=out)
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(same_bits(out, expected) for out in outs)
+
+
+def main() -> int:
+    passed = failed = 0
+    checks: list[tuple[str, Callable[[], None]]] = [
+        (f"{case} {options}", lambda case=case, options=options: check_run(case, options)) for case, options in cases()
+    ]
+    for name, action in [*checks, ("graph", check_graph)]:
+        try:
+            action()
+            torch.cuda.synchronize()
+            passed += 1
+        except Exception:
+            failed += 1
+            print(f"FAILED {name}", flush=True)
+            traceback.print_exc()
+    print(f"sanitize: {passed} passed, {failed} failed", flush=True)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+class HTML(str):
+    """What SGLang names in an annotation."""
+
+
+def display(*objects: object) -> None:
+    """Would show objects in a notebook."""

@@ -1,0 +1,152 @@
+"""Real SGLang engines on the CPU, each release's: what they answer with our backend and with SGLang's own.
+
+A model in float32 answers greedily, so both must say the same tokens, except that where two tokens are equally likely
+up to rounding, either may follow.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from typing import Any
+
+import pytest
+from conftest import HERE, Release
+
+VOCABULARY = 320
+# Log-probabilities of the two likeliest tokens that differ by less count as equal.
+TIE = 1e-3
+# float32 against float32, through three layers; tokens of a prompt are summed up in another order.
+LOGPROB_TOLERANCE = 1e-3
+
+_random = random.Random(3)
+
+
+def prompt(length: int) -> list[int]:
+    return [_random.randrange(3, VOCABULARY) for _ in range(length)]
+
+
+_prefix = prompt(100)
+# A pool of 640 tokens and prefill in chunks of 64 tokens, for all Llama engines.
+SMALL_POOL = {"max_total_tokens": 640, "chunked_prefill_size": 64, "max_running_requests": 16}
+# So optimistic about answers' lengths that requests are admitted which do not fit when they have grown.
+OPTIMISTIC = {"schedule_conservativeness": 0.2}
+LLAMA_BATCHES = {
+    "one to three requests": {"prompts": [prompt(1), prompt(3), prompt(40)], "new_tokens": 20},
+    "more requests than a graph holds, some longer than a chunk": {
+        "prompts": [prompt(length) for length in (1, 2, 15, 16, 17, 65, 150)],
+        "new_tokens": 20,
+    },
+    "a prefix that is new": {"prompts": [_prefix + prompt(5)], "new_tokens": 8},
+    "a prefix that is cached": {"prompts": [_prefix + prompt(5), _prefix + prompt(9)], "new_tokens": 8},
+    "more tokens than the pool holds": {"prompts": [prompt(30) for _ in range(10)], "new_tokens": 70},
+}
+GEMMA_BATCHES = {
+    "shorter and longer than the window": {
+        "prompts": [prompt(length) for length in (5, 30, 34, 120)],
+        "new_tokens": 20,
+    },
+    "more requests than a graph holds": {"prompts": [prompt(length) for length in (1, 31, 33, 50, 90)], "new_tokens": 8},
+}
+INTERPRETER = {"TRITON_INTERPRET": "1"}
+# Prefill by torch_native, decode by ours, from an 8-bit cache in pages of 16 tokens.
+SPLIT = {"attention_backend": "torch_native", "kv_cache_dtype": "fp8_e4m3", "page_size": 16, "max_total_tokens": 2048}
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "llama torch_native": {"arguments": {"attention_backend": "torch_native"} | SMALL_POOL | OPTIMISTIC},
+    "llama fi_prefetch": {"arguments": {"attention_backend": "fi_prefetch"} | SMALL_POOL | OPTIMISTIC},
+    "llama gpu path": {
+        "arguments": {"attention_backend": "fi_prefetch_gpu_path"} | SMALL_POOL | OPTIMISTIC,
+        "environment": INTERPRETER,
+    },
+    "gemma2 torch_native": {"arguments": SPLIT},
+    "gemma2 gpu path": {
+        "arguments": SPLIT | {"decode_attention_backend": "fi_prefetch_gpu_path"},
+        "environment": INTERPRETER,
+    },
+    "gemma2 fi_prefetch": {"arguments": SPLIT | {"decode_attention_backend": "fi_prefetch"}},
+}
+BATCHES = {"llama": LLAMA_BATCHES, "gemma2": GEMMA_BATCHES}
+
+
+class Answers:
+    """What a release's engines answered and logged."""
+
+    def __init__(self, release: Release, folder: Any) -> None:
+        asked = {}
+        for name, engine in ENGINES.items():
+            model = name.split()[0]
+            asked[name] = {"environment": {}, "model": model, "batches": list(BATCHES[model].values())} | engine
+        question, answer = folder / "asked.json", folder / "answered.json"
+        question.write_text(json.dumps({"models": str(folder), "engines": asked}))
+        output = release.run(HERE / "engine_driver.py", question, answer, path=(HERE / "gpu_path",))
+        self._answers = json.loads(answer.read_text())
+        parts = re.split(r"^=== engine (.*)$", output, flags=re.MULTILINE)
+        self._logs = dict(zip(parts[1::2], parts[2::2], strict=True))
+
+    def of(self, engine: str, batch: str) -> list[dict[str, Any]]:
+        return self._answers[engine][list(BATCHES[engine.split()[0]]).index(batch)]
+
+    def log(self, engine: str) -> str:
+        return self._logs[engine]
+
+
+@pytest.fixture(scope="session")
+def answers(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return Answers(release, tmp_path_factory.mktemp(f"sglang-{release.version}"))
+
+
+def check_same(ours: dict[str, Any], theirs: dict[str, Any], new_tokens: int) -> None:
+    """The same tokens with the same log-probabilities, up to the first tie."""
+    assert len(ours["tokens"]) == len(theirs["tokens"]) == new_tokens
+    for position, (top, their_top) in enumerate(zip(ours["top"], theirs["top"], strict=True)):
+        (first, _), (second, _) = their_top
+        assert top[0][0] == pytest.approx(first, abs=LOGPROB_TOLERANCE), f"token {position}"
+        if first - second < TIE:
+            return
+        assert ours["tokens"][position] == theirs["tokens"][position], f"token {position}"
+
+
+@pytest.mark.parametrize("backend", ["fi_prefetch", "gpu path"])
+@pytest.mark.parametrize(
+    ("model", "batch"), [(model, batch) for model, batches in BATCHES.items() for batch in batches]
+)
+def test_answers_are_sglangs_own(answers: Answers, model: str, batch: str, backend: str) -> None:
+    new_tokens = BATCHES[model][batch]["new_tokens"]
+    ours = answers.of(f"{model} {backend}", batch)
+    theirs = answers.of(f"{model} torch_native", batch)
+    for our_answer, their_answer in zip(ours, theirs, strict=True):
+        check_same(our_answer, their_answer, new_tokens)
+
+
+def test_models_answer_differently_when_attention_is_wrong(answers: Answers) -> None:
+    """The comparison would notice: another prompt's answer is not within its tolerance."""
+    first, second, *_ = answers.of("llama torch_native", "one to three requests")
+    with pytest.raises(AssertionError):
+        check_same(first, second, 20)
+
+
+@pytest.mark.parametrize("backend", ["fi_prefetch", "gpu path"])
+def test_prefix_comes_out_of_the_radix_cache(answers: Answers, backend: str) -> None:
+    for answer in answers.of(f"llama {backend}", "a prefix that is cached"):
+        assert answer["cached"] >= 100
+
+
+@pytest.mark.parametrize("backend", ["fi_prefetch", "gpu path"])
+def test_requests_were_retracted(answers: Answers, backend: str) -> None:
+    assert "#retracted_reqs" in answers.log(f"llama {backend}")
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2"])
+def test_backend_says_at_start_what_serves(answers: Answers, model: str) -> None:
+    assert "fi_prefetch: kernel reference: SGLang runs on the CPU" in answers.log(f"{model} fi_prefetch")
+    log = answers.log(f"{model} gpu path")
+    assert re.search(r"fi_prefetch: kernel reference: .* ready=all_but_last_token: ", log)
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2"])
+def test_gpu_path_ran_with_graphs_and_without(answers: Answers, model: str) -> None:
+    log = answers.log(f"{model} gpu path")
+    for line in ("decode of 1 by the graph of 2", "decode of 4 by the graph of 4", "decode of 5 without a graph"):
+        assert f"gpu_path: {line}" in log
