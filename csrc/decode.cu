@@ -44,6 +44,7 @@ using AnyTraits = Traits<1>;
 constexpr int kMaxRows = 16;
 constexpr int kMaxWarps = 8;
 constexpr int kMaxBlocks = 1024;  // two levels of a merge take 32 * 32
+constexpr int kMostMinTiles = 1 << 16;
 
 #define FI_PREFETCH_CHECK(condition, error) \
   if (!(condition)) TVM_FFI_THROW(error)
@@ -158,6 +159,21 @@ Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorVi
           partial_bytes(made.blocks, rows), counter_bytes(made.blocks), rows, made.min_tiles_per_warp};
 }
 
+/// The plan with another grid: what a tuner found, or tries. At most as many warps a block as plan() said.
+Array<int64_t> adjust_plan(Array<int64_t> plan_info, int64_t blocks, int64_t warps, int64_t min_tiles_per_warp) {
+  FI_PREFETCH_CHECK(plan_info.size() == 7, ValueError)
+      << "plan_info: expected the 7 numbers that plan() returned, got " << plan_info.size();
+  FI_PREFETCH_CHECK(blocks >= 1 && blocks <= kMaxBlocks, ValueError)
+      << "blocks: expected 1 to " << kMaxBlocks << ", got " << blocks;
+  FI_PREFETCH_CHECK(warps >= 1 && warps <= plan_info[1], ValueError)
+      << "warps: expected 1 to " << plan_info[1] << ", got " << warps;
+  FI_PREFETCH_CHECK(min_tiles_per_warp >= 1 && min_tiles_per_warp <= kMostMinTiles, ValueError)
+      << "min_tiles_per_warp: expected 1 to " << kMostMinTiles << ", got " << min_tiles_per_warp;
+  const int64_t rows = plan_info[5];
+  return {blocks, warps, static_cast<int64_t>(shared_bytes(warps, rows)), partial_bytes(blocks, rows),
+          counter_bytes(blocks), rows, min_tiles_per_warp};
+}
+
 /// FlashInfer's workspace_size: [float workspace bytes, int workspace bytes].
 Array<int64_t> workspace_size(TensorView device_buffer, TensorView, int64_t, int64_t num_qo_heads, int64_t num_kv_heads,
                               int64_t, bool, int64_t, double, int64_t head_dim_qk, int64_t head_dim_vo, TensorView,
@@ -174,7 +190,7 @@ Plan read_plan(const Array<int64_t>& plan_info, int64_t rows, int device) {
   const Plan made{plan_info[0], plan_info[1], plan_info[6]};
   const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   FI_PREFETCH_CHECK(made.blocks >= 1 && made.blocks <= kMaxBlocks && made.warps >= 1 && made.warps <= kMaxWarps &&
-                        made.min_tiles_per_warp >= 1 && made.min_tiles_per_warp <= 1 << 16 &&
+                        made.min_tiles_per_warp >= 1 && made.min_tiles_per_warp <= kMostMinTiles &&
                         shared_bytes(made.warps, rows) <= limit,
                     ValueError)
       << "plan_info: " << made.blocks << " blocks of " << made.warps << " warps (" << shared_bytes(made.warps, rows)
@@ -436,6 +452,7 @@ void prefetch_kv(Array<int64_t> plan_info, TensorView k, TensorView v, TensorVie
 }  // namespace fi_prefetch
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan, fi_prefetch::plan);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(adjust_plan, fi_prefetch::adjust_plan);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_size, fi_prefetch::workspace_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, fi_prefetch::run);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefetch_kv, fi_prefetch::prefetch_kv);

@@ -30,7 +30,7 @@ class Decision:
         partial_bytes: needed of the float workspace; `counter_bytes`: of the counters.
     """
 
-    spec: DecodeSpec | None
+    spec: DecodeSpec
     choice: KernelChoice
     module: Any = None
     plan_info: Any = None

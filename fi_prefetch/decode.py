@@ -31,7 +31,7 @@ _FlashInferWrapper = flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper
 _FlashInferGraphWrapper = flashinfer.decode.CUDAGraphBatchDecodeWithPagedKVCacheWrapper
 
 _MAX_DECISIONS = 1024
-_NOT_PLANNED = Decision(None, KernelChoice("none", "plan() has not run yet"))
+_NOT_PLANNED = Decision(None, KernelChoice("none", "plan() has not run yet"))  # type: ignore[arg-type]
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):

@@ -43,7 +43,7 @@ class Batch:
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        return {"q_data_type": self.q.dtype, "kv_data_type": self.cache.dtype}
+        return {"q_data_type": self.q.dtype, "kv_data_type": self.keys[0].dtype}
 
 
 def make_batch(

@@ -1,9 +1,9 @@
 """What a decode call should take on a GPU that is not here: a prediction, and marked as one wherever it is shown.
 
 The model: a call reads its KV at a share of the GPU's read ceiling, after a fixed cost. Its constants come from
-measurements on an H200 with KV cold in L2, uniform batches, bf16, page size 1: an untuned split-KV kernel of our kind took
-5 us and read at 94 %, the best of FlashInfer's backends 10 us and 93 %, for fp8 KV 52 %. Our share for fp8 KV is a guess,
-the same as for bf16. Skewed batches cost FlashInfer more than this says.
+measurements on an H200 with KV cold in L2, uniform batches, bf16, page size 1: an untuned split-KV kernel of our kind
+took 5 us and read at 94 %, the best of FlashInfer's backends 10 us and 93 %, for fp8 KV 52 %. Our share for fp8 KV is a
+guess, the same as for bf16. Skewed batches cost FlashInfer more than this says.
 """
 
 from __future__ import annotations

@@ -144,41 +144,37 @@ def _run_worker(
 ) -> _End:
     read_end, write_end = os.pipe()
     _log(result.path).parent.mkdir(parents=True, exist_ok=True)
-    with open(_log(result.path), "a") as log:
-        process = subprocess.Popen(
-            job.worker,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=(write_end,),
-            env={**os.environ, EVENTS_FD_VARIABLE: str(write_end)},
-            text=True,
-        )
+    environment = {**os.environ, EVENTS_FD_VARIABLE: str(write_end)}
+    with (
+        open(_log(result.path), "a") as log,
+        subprocess.Popen(
+            job.worker, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(write_end,), env=environment, text=True
+        ) as process,
+    ):
         os.close(write_end)
         events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         reader = threading.Thread(target=_read_events, args=(read_end, events), daemon=True)
         reader.start()
-        description = {
-            "kind": job.kind,
-            "specs": job.specs,
-            "options": job.options,
-            "skip": skip,
-            "done": result.done,
-            "read_ceiling_gbs": result.header.get("read_ceiling_gbs"),
-        }
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps(description))
-            process.stdin.close()
-        except BrokenPipeError:
-            pass  # it ended at once; the events, and the exit code, say how
-        end = _follow(job, result, events, deadline, progress)
+
+        def tell(message: Any) -> None:
+            assert process.stdin is not None
+            try:
+                process.stdin.write(json.dumps(message) + "\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                pass  # it has ended; its exit code says how
+
+        ceiling = result.header.get("read_ceiling_gbs")
+        tell(
+            {"kind": job.kind, "specs": job.specs, "options": job.options, "skip": skip, "read_ceiling_gbs": ceiling}
+        )
+        end = _follow(job, result, events, deadline, progress, tell)
         if end.out_of_time or end.reason:  # it stalls, or its device is dead: it may never end by itself
             process.kill()
         code = process.wait()
         reader.join()
-        end.reason = end.reason or f"the process ended with exit code {code}"
-        return end
+    end.reason = end.reason or f"the process ended with exit code {code}"
+    return end
 
 
 def _read_events(descriptor: int, events: queue.Queue[dict[str, Any] | None]) -> None:
@@ -194,8 +190,9 @@ def _follow(
     events: queue.Queue[dict[str, Any] | None],
     deadline: float | None,
     progress: Progress,
+    tell: Callable[[Any], None],
 ) -> _End:
-    """Takes in a worker's events until it finishes, ends, stalls, or time is up."""
+    """Takes in a worker's events until it finishes, ends, stalls, or time is up; `tell` answers it."""
     end = _End()
     while True:
         patience = job.stall_seconds
@@ -213,6 +210,7 @@ def _follow(
         kind = event["event"]
         if kind == "header":
             result.set_header(event["header"])
+            tell(result.done)
         elif kind == "row_started":
             end.row, end.kernel = event["row"], ""
         elif kind == "kernel_started":

@@ -127,13 +127,19 @@ def check_error(error: float) -> float:
 
 
 def main() -> None:
-    """Reads a job from standard input and measures it; events go to the file descriptor that the environment names."""
-    job = json.load(sys.stdin)
-    with os.fdopen(int(os.environ[EVENTS_FD_VARIABLE]), "w") as events:
+    """Reads a job from standard input and measures it; events go to the file descriptor that the environment names.
+
+    The job is one line. A second one, after the header has gone out, says which rows need no measuring.
+    """
+    job = json.loads(sys.stdin.readline())
+    descriptor = int(os.environ[EVENTS_FD_VARIABLE])
+    os.set_inheritable(descriptor, False)  # a compiler left running must not keep the runner waiting for more events
+    with os.fdopen(descriptor, "w") as events:
         context = Context(job, events)
         measure = importlib.import_module(KINDS[job["kind"]]).measure
+        done = set(json.loads(sys.stdin.readline()))
         for number, spec in enumerate(job["specs"]):
-            if number in job["done"]:
+            if number in done:
                 continue
             context.start_row(number)
             row, reason = context.attempt("", lambda spec=spec: measure(spec, context))

@@ -228,3 +228,21 @@ def test_a_workspace_that_is_too_small_goes_to_flashinfer():
     spec = wrapper._spec(torch.int32, 1, *batch.shape, "NONE", -1, None, BF16, BF16, None, None, None, False, 1, 0, None)
     choice = decision.decide(spec, workspace(1024), torch.empty(0), torch.empty(0)).choice
     assert choice.kernel == "flashinfer" and "float workspace holds 1024 bytes" in choice.reason
+
+
+def test_another_grid_gives_the_same_answer():
+    problem = emulated.make_problem([700, 9, 40], heads_q=4, heads_kv=2)
+    module, arguments = module_arguments(problem, sm_scale=128**-0.5)
+    plan = arguments[2]
+    for blocks, warps, min_tiles in ((10, 4, 1), (1, 1, 1), (5, 8, 7), (40, 2, 3)):
+        arguments[2] = module.adjust_plan(plan, blocks, warps, min_tiles)
+        arguments[1] = torch.zeros(arguments[2][4] // 4, dtype=torch.int32)
+        module.run(*arguments)
+        torch.testing.assert_close(arguments[9].double(), emulated.reference(problem)[0], rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("grid, name", [((0, 8, 1), "blocks"), ((1025, 8, 1), "blocks"), ((5, 9, 1), "warps"), ((5, 8, 0), "min_tiles_per_warp")])
+def test_a_grid_beyond_the_kernel_is_refused(grid, name):
+    module, arguments = module_arguments(emulated.make_problem([40], heads_q=4, heads_kv=2))
+    with pytest.raises(ValueError, match=f"{name}: expected 1 to"):
+        module.adjust_plan(arguments[2], *grid)

@@ -1,0 +1,542 @@
+"""What of the measurements is arithmetic: shapes, grids, timing sizes, result files, summaries, predictions, parsers."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fi_prefetch import gpu_check
+from fi_prefetch.bench import demo, estimate, explain, profile, report, runner
+from fi_prefetch.bench.inputs import DecodeInputs, KvPool, pool_bytes, relative_error
+from fi_prefetch.bench.prefetch import POLICIES
+from fi_prefetch.bench.shapes import (
+    MODELS,
+    Shape,
+    basic_grid,
+    full_grid,
+    lens_label,
+    model_grid,
+    parse_lens,
+    parse_tokens,
+    small_grid,
+)
+from fi_prefetch.bench.timing import calls_per_replay, copies_needed, summarise
+from fi_prefetch.prefetch import PrefetchPolicy
+from fi_prefetch.schedule import Schedule
+
+MiB = 1 << 20
+
+
+# ---- shapes and grids ----------------------------------------------------------------------------------------------
+
+
+def test_a_shape_counts_the_bytes_that_a_call_reads() -> None:
+    shape = Shape(32, 8, 16, ((2048, 1), (100, 3)))
+    assert shape.batch == 4
+    assert shape.lengths == [2048, 100, 100, 100]
+    assert shape.kv_bytes == 2 * 8 * 128 * 2 * 2348
+    assert shape.pages == 128 + 3 * 7
+    assert shape.allocated_bytes == 2 * 8 * 128 * 2 * 16 * shape.pages
+    assert Shape(32, 8, 16, ((2048, 1),), kv_dtype="float8_e4m3fn").kv_bytes == 2 * 8 * 128 * 2048
+
+
+def test_a_shape_survives_its_row() -> None:
+    for shape in (*small_grid(), Shape(8, 2, 3, parse_lens("1x5+2x3"), 64, "float16", "float8_e5m2")):
+        assert Shape.from_row(json.loads(json.dumps(shape.to_row()))) == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads_q": 30}, "heads_q"),
+        ({"heads_kv": 0}, "heads_kv"),
+        ({"page_size": 0}, "page_size"),
+        ({"kv_lens": ()}, "kv_lens"),
+        ({"kv_lens": ((5, 0),)}, "kv_lens"),
+        ({"kv_dtype": "int8"}, "kv_dtype"),
+        ({"q_dtype": "half"}, "q_dtype"),
+    ],
+)
+def test_an_impossible_shape_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Shape(**{"heads_q": 32, "heads_kv": 8, "page_size": 1, "kv_lens": ((16, 1),), **change})
+
+
+@pytest.mark.parametrize(
+    ("text", "lens"),
+    [
+        ("8x1K", ((1024, 8),)),
+        ("1x64K+31x4K", ((65536, 1), (4096, 31))),
+        ("32x128+32x4K", ((4096, 32), (128, 32))),
+        ("1x500", ((500, 1),)),
+    ],
+)
+def test_lengths_are_parsed_longest_first(text: str, lens: tuple) -> None:
+    assert parse_lens(text) == lens
+    assert parse_lens(lens_label(lens)) == lens
+
+
+@pytest.mark.parametrize("text", ["", "8", "x1K", "0x1K", "8x", "8xK", "8x1M", "8x1K+", "8x-1"])
+def test_lengths_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        parse_lens(text)
+
+
+def test_tokens_are_parsed() -> None:
+    assert [parse_tokens(text) for text in ("0", "512", "2k", "128K")] == [0, 512, 2048, 131072]
+
+
+def test_the_basic_grid() -> None:
+    grid = basic_grid()
+    assert len(set(grid)) == len(grid) == 4 * 2 * 10 + 2 * 2 * 5
+    assert {shape.page_size for shape in grid} == {1, 16}
+    assert {(shape.heads_q, shape.heads_kv) for shape in grid if not shape.skewed} == {(32, 8), (32, 32), (28, 4), (8, 1)}
+    assert {(shape.heads_q, shape.heads_kv) for shape in grid if shape.skewed} == {(32, 8), (8, 1)}
+    assert min(shape.kv_bytes for shape in grid) == MiB
+    assert max(shape.kv_bytes for shape in grid) == 8 << 30
+
+
+def test_the_full_grid_holds_the_basic_one_and_fp8() -> None:
+    grid = set(full_grid())
+    assert set(basic_grid()) <= grid
+    assert {shape.page_size for shape in grid} == {1, 16, 64}
+    assert {shape.kv_dtype for shape in grid} == {"bfloat16", "float8_e4m3fn"}
+    assert {shape.heads_q // shape.heads_kv for shape in grid} == {1, 4, 7, 8}
+
+
+def test_models_slice_over_ranks() -> None:
+    rank = MODELS["llama-3-70b"].slice(8)
+    assert (rank.heads_q, rank.heads_kv, rank.intermediate, rank.hidden) == (8, 1, 3584, 8192)
+    assert MODELS["llama-3-70b"].slice(16).heads_kv == 1, "kv heads are repeated beyond their number"
+    with pytest.raises(ValueError, match="tensor_parallel"):
+        MODELS["llama-3-8b"].slice(3)
+    shapes = list(model_grid(rank, (1, 8), (1024,)))
+    assert [shape.kv_lens for shape in shapes] == [((1024, 1),), ((1024, 8),)]
+    for model in MODELS.values():
+        assert model.heads_q % model.heads_kv == 0
+
+
+def test_size_classes() -> None:
+    assert Shape(8, 1, 1, parse_lens("64x2K")).size_class == "up to 64 MB"
+    assert Shape(32, 8, 1, parse_lens("64x2K")).size_class == "64 to 512 MB"
+    assert Shape(32, 8, 1, parse_lens("128x4K")).size_class == "above 1 GB"
+    assert Shape(32, 8, 1, parse_lens("1x64K+31x4K")).size_class == "skewed"
+
+
+# ---- timing --------------------------------------------------------------------------------------------------------
+
+
+def test_caches_rotated_over_are_several_times_l2() -> None:
+    assert copies_needed(MiB, 60 * MiB, 1 << 40) == 240
+    assert copies_needed(100 * MiB, 60 * MiB, 1 << 40) == 3
+    assert copies_needed(8 << 30, 60 * MiB, 1 << 40) == 2, "never one alone: its end could still be in L2"
+    assert copies_needed(MiB, 60 * MiB, 100 * MiB) == 100, "or as many as fit"
+    with pytest.raises(ValueError, match="two caches"):
+        copies_needed(60 * MiB, 60 * MiB, 100 * MiB)
+
+
+@pytest.mark.parametrize(("estimate_us", "copies"), [(5.0, 240), (2000.0, 2), (0.1, 1), (10.0, 3)])
+def test_a_replay_is_whole_rounds_and_lasts(estimate_us: float, copies: int) -> None:
+    calls = calls_per_replay(estimate_us, copies)
+    assert calls % copies == 0 and calls >= copies
+    assert calls * estimate_us >= 1000.0 or calls >= 1000
+
+
+def test_a_timing_is_the_median_and_the_deciles_apart() -> None:
+    timing = summarise([10.0, 11.0, 9.0, 10.0, 10.0, 100.0, 10.0, 10.0, 10.0, 10.0, 10.0])
+    assert timing.us == 10.0
+    assert timing.spread == pytest.approx(0.1)
+    assert summarise([3.0]).spread == 0.0
+
+
+# ---- inputs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_inputs_are_the_shape_that_they_are_of(kv_dtype: str, shuffled: bool) -> None:
+    shape = Shape(8, 2, 16, parse_lens("1x100+3x33"), 64, kv_dtype=kv_dtype)
+    pool = KvPool(3 * shape.allocated_bytes, getattr(torch, kv_dtype), torch.device("cpu"))
+    inputs = DecodeInputs(shape, pool, l2_bytes=0, shuffled=shuffled, copies=3)
+    k, v = inputs.cache(2)
+    assert k.shape == v.shape == (shape.pages, 16, 2, 64)
+    assert k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    spans = {inputs.cache(i)[j].data_ptr() for i in range(3) for j in range(2)}
+    assert len(spans) == 6
+    assert sorted(inputs.indices.tolist()) == list(range(shape.pages))
+    assert (inputs.indices.tolist() == list(range(shape.pages))) == (not shuffled)
+    pages = inputs.indptr[1:] - inputs.indptr[:-1]
+    assert ((pages - 1) * 16 + inputs.last_page_len).tolist() == shape.lengths == inputs.seq_lens.tolist()
+    for request, count in enumerate(pages.tolist()):
+        begin = int(inputs.indptr[request])
+        assert inputs.block_table[request, :count].tolist() == inputs.indices[begin : begin + count].tolist()
+    assert float(k.float().std()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_error_of_an_output_is_measured_against_plain_attention() -> None:
+    shape = Shape(8, 2, 5, parse_lens("2x40+20x7"), 64)
+    pool = KvPool(shape.allocated_bytes, torch.bfloat16, torch.device("cpu"))
+    inputs = DecodeInputs(shape, pool, l2_bytes=0, copies=1)
+    right = demo.attention(inputs)
+    assert inputs.error(right) < 1e-5
+    assert inputs.error(right * 1.01) == pytest.approx(0.01, rel=0.01)
+    assert inputs.error(right * math.nan) == math.inf
+
+
+def test_relative_errors() -> None:
+    assert relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])) == pytest.approx(1 / math.sqrt(2))
+    assert relative_error(torch.tensor([0.5]), torch.zeros(1)) == 0.5
+    assert relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
+
+
+def test_a_pool_holds_what_its_shapes_rotate_over() -> None:
+    shapes = [Shape(8, 1, 1, parse_lens("1x2K")), Shape(32, 8, 1, parse_lens("64x2K"))]
+    assert pool_bytes(shapes, 60 * MiB, 1 << 40) == 2 * 512 * MiB
+    assert pool_bytes(shapes, 60 * MiB, 1 << 40, fewest_copies=4) == 4 * 512 * MiB
+    assert pool_bytes(shapes, 60 * MiB, 600 * MiB) == 240 * MiB, "a shape that does not fit is left out"
+    assert pool_bytes([], 60 * MiB, 1 << 40) == 0
+
+
+# ---- result files --------------------------------------------------------------------------------------------------
+
+HEADER = {"gpu": "NVIDIA H200", "driver": "1", "torch": "2", "flashinfer": "0", "commit": "c", "read_ceiling_gbs": 4500.0}
+WORKER = """
+import json, os, sys, time
+job = json.loads(sys.stdin.readline())
+events = os.fdopen(int(os.environ["FI_PREFETCH_BENCH_EVENTS"]), "w")
+def emit(**event):
+    print(json.dumps(event), file=events, flush=True)
+header = job["options"]["header"]
+emit(event="header", header={**header, "read_ceiling_gbs": job["read_ceiling_gbs"] or header["read_ceiling_gbs"]})
+done = json.loads(sys.stdin.readline())
+skip = {(row, name): reason for row, name, reason in job["skip"]}
+for number, spec in enumerate(job["specs"]):
+    if number in done:
+        continue
+    emit(event="row_started", row=number)
+    us, missing = {}, {}
+    for name, action in job["options"]["kernels"].items():
+        if (number, name) in skip:
+            us[name], missing[name] = None, skip[number, name]
+            continue
+        emit(event="kernel_started", row=number, name=name)
+        if action == "crash" and spec["x"] == 1:
+            os.abort()
+        if action == "hang" and spec["x"] == 1:
+            time.sleep(60)
+        if action == "device error" and spec["x"] == 1:
+            emit(event="kernel_failed", row=number, name=name, reason="an illegal memory access")
+            os._exit(3)
+        us[name] = 1.5
+    if job["options"].get("crash between kernels") and spec["x"] == 1:
+        os.abort()
+    if job["options"].get("slow"):
+        time.sleep(0.5)
+    emit(event="row", row=number, content={**spec, "us": us, "missing": missing, "process": os.getpid()})
+emit(event="finished")
+"""
+
+
+def job_of(tmp_path: Path, rows: int = 3, **options: Any) -> runner.Job:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    options = {"header": HEADER, "kernels": {"a": "run", "b": "run"}, **options}
+    specs = [{"x": number} for number in range(rows)]
+    return runner.Job("grid", specs, options, stall_seconds=20.0, worker=(sys.executable, str(script)))
+
+
+def test_a_result_file_has_the_header_and_every_row(tmp_path: Path) -> None:
+    output = tmp_path / "results" / "grid.json"
+    content = runner.run(job_of(tmp_path), output)
+    assert content == json.loads(output.read_text())
+    assert {name: content[name] for name in HEADER} == HEADER
+    assert content["complete"] and not content["failed"]
+    assert [row["x"] for row in content["rows"]] == [0, 1, 2]
+    assert len({row["process"] for row in content["rows"]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"), [("crash", "exit code -6"), ("hang", "no answer"), ("device error", "illegal memory access")]
+)
+def test_a_kernel_that_ends_the_process_is_left_out_of_its_row_alone(tmp_path: Path, action: str, reason: str) -> None:
+    job = job_of(tmp_path, kernels={"a": "run", "b": action, "c": "run"})
+    job.stall_seconds = 3.0 if action == "hang" else 20.0
+    events: list[dict[str, Any]] = []
+    content = runner.run(job, tmp_path / "grid.json", progress=events.append)
+    assert content["complete"] and not content["failed"]
+    assert [row["us"] for row in content["rows"]] == [
+        {"a": 1.5, "b": 1.5, "c": 1.5},
+        {"a": 1.5, "b": None, "c": 1.5},
+        {"a": 1.5, "b": 1.5, "c": 1.5},
+    ]
+    assert reason in content["rows"][1]["missing"]["b"]
+    assert [(e["row"], e["name"]) for e in events if e["event"] == "worker_lost"] == [(1, "b")]
+
+
+def test_a_row_that_ends_the_process_again_and_again_fails_with_its_reason(tmp_path: Path) -> None:
+    job = job_of(tmp_path, **{"crash between kernels": True})
+    content = runner.run(job, tmp_path / "grid.json")
+    assert [row["x"] for row in content["rows"]] == [0, 2]
+    assert [row["x"] for row in content["failed"]] == [1]
+    assert "exit code" in content["failed"][0]["reason"]
+
+
+def test_a_run_that_is_out_of_time_keeps_its_rows_and_can_be_resumed(tmp_path: Path) -> None:
+    output = tmp_path / "grid.json"
+    job = job_of(tmp_path, rows=40, slow=True)
+    job.budget_seconds = 3.0
+    content = runner.run(job, output)
+    assert not content["complete"]
+    assert 0 < len(content["rows"]) < 40
+    job = job_of(tmp_path, rows=40)
+    resumed = runner.run(job, output, resume=True)
+    assert resumed["complete"] and [row["x"] for row in resumed["rows"]] == list(range(40))
+    assert resumed["rows"][: len(content["rows"])] == content["rows"]
+    again = runner.run(job, output, resume=False)
+    assert again["rows"][0]["process"] != content["rows"][0]["process"]
+
+
+def test_rows_of_another_commit_are_not_kept(tmp_path: Path) -> None:
+    output = tmp_path / "grid.json"
+    first = runner.run(job_of(tmp_path), output)
+    second = runner.run(job_of(tmp_path, header={**HEADER, "commit": "d"}), output, resume=True)
+    assert second["commit"] == "d"
+    assert first["rows"][0]["process"] != second["rows"][0]["process"]
+
+
+def test_a_worker_that_cannot_start_says_where_to_look(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    job.worker = (sys.executable, "-c", "raise SystemExit('no GPU')")
+    with pytest.raises(RuntimeError, match="before its first row"):
+        runner.run(job, tmp_path / "grid.json")
+    assert "no GPU" in (tmp_path / "grid.log").read_text()
+
+
+# ---- summaries -----------------------------------------------------------------------------------------------------
+
+
+def row_of(shape: Shape, ours: float | None, spread: float = 0.0, **baselines: float | None) -> dict[str, Any]:
+    return {
+        **shape.to_row(),
+        "floor_us": shape.kv_bytes / 4500 / 1e3,
+        "fi_prefetch_us": ours,
+        "baselines_us": baselines,
+        "error": 2e-3,
+        "error_flashinfer": None,
+        "spread": {"fi_prefetch": spread},
+    }
+
+
+SMALL = Shape(8, 1, 1, parse_lens("1x2K"))
+LARGE = Shape(32, 8, 16, parse_lens("128x4K"))
+SKEWED_FP8 = Shape(32, 8, 1, parse_lens("1x64K+31x4K"), kv_dtype="float8_e4m3fn")
+
+
+def test_speedups_are_over_the_fastest_that_was_measured() -> None:
+    rows = [
+        row_of(SMALL, 5.0, flashinfer_fa2=10.0, flashinfer_xqa=None, fa3=8.0),
+        row_of(LARGE, 500.0, flashinfer_fa2=510.0, fa3=490.0),
+        row_of(SKEWED_FP8, None, flashinfer_fa2=700.0),
+        row_of(SMALL, 5.0, flashinfer_fa2=None),
+    ]
+    assert [(s.baseline, s.factor) for s in report.speedups(rows)] == [("fa3", 1.6), ("fa3", 0.98)]
+    assert [(s.baseline, s.factor) for s in report.speedups(rows, only_flashinfer=True)] == [
+        ("flashinfer_fa2", 2.0),
+        ("flashinfer_fa2", 1.02),
+    ]
+
+
+def test_summaries_give_geometric_means_and_minima_by_class() -> None:
+    rows = [
+        row_of(SMALL, 5.0, flashinfer_fa2=10.0),
+        row_of(Shape(8, 1, 16, SMALL.kv_lens), 5.0, flashinfer_fa2=2.5),
+        row_of(LARGE, 500.0, flashinfer_fa2=500.0),
+        row_of(SKEWED_FP8, 100.0, flashinfer_fa2=800.0),
+    ]
+    found = {summary.name: summary for summary in report.summaries(report.speedups(rows))}
+    small = found["bfloat16, up to 64 MB"]
+    assert (small.rows, small.geometric_mean, small.minimum) == (2, pytest.approx(1.0), 0.5)
+    assert small.slowest == "8/1 page 16 1x2K"
+    assert found["float8_e4m3fn, skewed"].geometric_mean == pytest.approx(8.0)
+    assert found["all"].rows == 4
+    assert found["all"].geometric_mean == pytest.approx((2.0 * 0.5 * 1.0 * 8.0) ** 0.25)
+    assert report.summaries([]) == []
+
+
+def test_a_geometric_mean_needs_positive_factors() -> None:
+    assert report.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    for factors in ([], [1.0, 0.0]):
+        with pytest.raises(ValueError, match="positive"):
+            report.geometric_mean(factors)
+
+
+def test_losses_are_beyond_noise_and_worst_first() -> None:
+    rows = [row_of(SMALL, 10.0, fa3=9.9), row_of(LARGE, 10.0, fa3=9.0), row_of(SKEWED_FP8, 10.0, fa3=5.0)]
+    assert [loss.factor for loss in report.losses(report.speedups(rows))] == [0.5, 0.9]
+
+
+def test_two_runs_are_compared_within_their_noise() -> None:
+    before = {"rows": [row_of(SMALL, 10.0, 0.01), row_of(LARGE, 10.0, 0.2), row_of(SKEWED_FP8, None)]}
+    after = {"rows": [row_of(LARGE, 9.0), row_of(SMALL, 8.0), row_of(SKEWED_FP8, 1.0)]}
+    changes = report.compare(before, after)
+    assert [(c.label, c.verdict, c.band) for c in changes] == [(SMALL.label, "faster", 0.02), (LARGE.label, "same", 0.2)]
+    assert changes[0].factor == pytest.approx(1.25)
+    assert report.compare(after, before)[1].verdict == "slower"
+
+
+def test_a_table_has_a_cell_for_everything() -> None:
+    rows = [row_of(SMALL, 5.0, fa3=8.0, flashinfer_xqa=None), row_of(SKEWED_FP8, None, fa3=8.0)]
+    cells = report.table_rows(rows, ["fa3", "flashinfer_xqa"])
+    assert cells[0] == ["8/1", "1", "1x2K", "1 MB", "0.2", "8.0", "-", "5.0", "1.60x", "2.0e-03", "-"]
+    assert cells[1][2:] == ["1x64K+31x4K fp8", "376 MB", "87.6", "8.0", "-", "-", "-", "2.0e-03", "-"]
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    rows = [row_of(shape, shape.kv_bytes / 4e6 + 5, flashinfer_fa2=shape.kv_bytes / 4e6 + 10) for shape in basic_grid()]
+    written = report.plot({**HEADER, "rows": rows}, tmp_path / "plots")
+    assert len(written) == 1 + 8
+    for path in written:
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+# ---- predictions and explanations ----------------------------------------------------------------------------------
+
+
+def test_the_prediction_is_near_what_it_was_made_from() -> None:
+    """Measured on an H200 in us: an untuned kernel of our kind, and FlashInfer's fa2."""
+    for lens, ours, theirs in (("1x2K", 7.2, 12.0), ("8x1K", 12.4, 18.9), ("64x2K", 132.0, 142.2), ("128x4K", 511.0, 514.0)):
+        found = estimate.estimate(Shape(32, 8, 1, parse_lens(lens)), "h200")
+        assert found.fi_prefetch_us == pytest.approx(ours, rel=0.06)
+        assert found.flashinfer_us == pytest.approx(theirs, rel=0.06)
+        assert found.floor_us < found.fi_prefetch_us
+
+
+def test_a_prediction_says_when_its_ceiling_is_nominal() -> None:
+    assert estimate.estimate(SMALL, "h20").nominal
+    assert not estimate.estimate(SMALL, "h100").nominal
+    with pytest.raises(ValueError, match="b200"):
+        estimate.estimate(SMALL, "b200")
+
+
+def test_an_explanation_gives_kernel_launch_and_levers() -> None:
+    facts = explain.named_gpu("h200")
+    found = explain.explain(Shape(32, 8, 1, parse_lens("1x2K")), facts, PrefetchPolicy.named("auto"), "nothing")
+    assert found.assumed and found.choice.kernel == "fi_prefetch"
+    assert found.levers is not None and found.levers.demand_bytes <= found.levers.budget_bytes
+    none = explain.explain(Shape(64, 1, 1, parse_lens("1x2K")), facts, PrefetchPolicy.named("auto"), "nothing")
+    assert none.choice.kernel == "flashinfer" and none.levers is None
+
+
+def test_the_picture_shows_how_blocks_share_requests() -> None:
+    lines = explain.picture(Schedule([1024, 16, 0, 256], num_kv_heads=1, blocks=4, warps=2))
+    marks = [line.split("blocks ")[1] for line in lines]
+    assert [len(mark) for mark in marks] == [explain.WIDTH, explain.WIDTH // 4, 1, 0]
+    assert marks[0][0] == "0" and set("".join(marks)) <= set("0123")
+    assert marks[0] == "".join(sorted(marks[0])), "a request's blocks follow each other"
+    assert [line.split()[1] for line in lines] == ["0", "3", "1", "2"]
+
+
+def test_every_policy_of_the_prefetch_rows_has_its_levers_alone() -> None:
+    off = PrefetchPolicy.named("off")
+    assert POLICIES["off"] == POLICIES["off_again"] == (off, "nothing")
+    for name in ("run_ahead", "prologue", "early_load", "streaming_hint"):
+        policy, _ = POLICIES[name]
+        differing = [field for field in vars(off) if getattr(policy, field) != getattr(off, field)]
+        assert differing == [name]
+
+
+# ---- parsers -------------------------------------------------------------------------------------------------------
+
+
+def test_counters_are_read_from_the_profilers_csv() -> None:
+    output = (
+        "==PROF== Connected to process 1\n"
+        '"ID","Process ID","Kernel Name","gpu__time_duration.sum","l1tex__t_sector_hit_rate.pct",'
+        '"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",'
+        '"smsp__average_warp_latency_per_inst_issued.ratio","dram__bytes_read.sum","lts__t_sector_hit_rate.pct"\n'
+        '"","","","ns","%","inst","inst","byte","%"\n'
+        '"0","1","void fi_prefetch::decode_kernel<x, 1>(y)","12,345","0.5","6","8","33554432","n/a"\n'
+    )
+    found = profile.columns(profile.parse(output))
+    assert found["duration"] == pytest.approx(12.345)
+    assert found["long-scoreboard stalls"] == pytest.approx(75.0)
+    assert found["DRAM bytes read"] == pytest.approx(33.554432)
+    assert found["L2 hit rate"] is None and found["compute throughput"] is None
+    lines = {line[0]: line[1:] for line in profile.side_by_side([found, found])}
+    assert lines["duration, us"] == ["12.3", "12.3"]
+    assert lines["L2 hit rate, %"] == ["n/a", "n/a"]
+
+
+@pytest.mark.parametrize("output", ["", "==ERROR== no permission", '"ID","a"\n"","b"\n'])
+def test_a_profile_without_a_kernel_is_an_error(output: str) -> None:
+    with pytest.raises(profile.ProfileError):
+        profile.parse(output)
+
+
+def test_the_profiler_is_asked_for_every_column() -> None:
+    line = profile.command("ncu")
+    metrics = line[line.index("--metrics") + 1].split(",")
+    assert {column.metric for column in profile.COLUMNS} <= set(metrics)
+    assert line[line.index("--clock-control") + 1] == "none"
+
+
+def test_compiler_reports_are_read() -> None:
+    output = (
+        "ptxas info    : Compiling entry function '_ZN11fi_prefetch18prefetch_kv_kernelINS_12DecodeTraitsI13__nv_"
+        "bfloat16S2_S2_Li128ELi1ELi3ELb0ELb0EEEEEv' for 'sm_90a'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 37 registers, used 1 barriers\n"
+        "ptxas info    : Compiling entry function '_ZN11fi_prefetch13decode_kernelINS_12DecodeTraitsI13__nv_bfloat16"
+        "S2_S2_Li128ELi2ELi3ELb0ELb0EEEEEvNS_12DecodeParamsE' for 'sm_90a'\n"
+        "    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 220 registers, used 1 barriers\n"
+    )
+    assert demo.parse_resources(output) == [
+        demo.KernelResources("prefetch_kv_kernel", 37, 0),
+        demo.KernelResources("decode_kernel, up to 16 query rows", 220, 20),
+    ]
+
+
+def test_junit_reports_are_counted() -> None:
+    report_xml = (
+        '<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="100">'
+        '<testcase name="a"/></testsuite></testsuites>'
+    )
+    assert gpu_check.parse_junit(report_xml) == gpu_check.Counts(94, 3, 3)
+    with pytest.raises(gpu_check.CheckError, match="no testsuite"):
+        gpu_check.parse_junit("<testsuites/>")
+
+
+@pytest.mark.parametrize(
+    ("tool", "summary", "failed"),
+    [
+        ("memcheck", "========= ERROR SUMMARY: 0 errors", 0),
+        ("memcheck", "========= ERROR SUMMARY: 4 errors", 5),
+        ("synccheck", "========= ERROR SUMMARY: 1 error", 2),
+        ("racecheck", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0),
+        ("racecheck", "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)", 3),
+    ],
+)
+def test_sanitizer_summaries_are_counted(tool: str, summary: str, failed: int) -> None:
+    script_failed = min(failed, 1)
+    output = f"FAILED x\nsanitize: 60 passed, {script_failed} failed\n{summary}\n"
+    assert gpu_check.parse_sanitizer(tool, output) == gpu_check.Counts(60, failed, 0)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "sanitize: 60 passed, 0 failed\n",
+        "========= ERROR SUMMARY: 0 errors\n",
+        "========= Target application terminated before first instrumented API call\n",
+    ],
+)
+def test_a_sanitizer_that_did_not_get_to_its_end_is_an_error(output: str) -> None:
+    with pytest.raises(gpu_check.CheckError, match="missing"):
+        gpu_check.parse_sanitizer("memcheck", output)

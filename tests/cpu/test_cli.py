@@ -1,0 +1,209 @@
+"""The command line: what it says without a GPU, what it refuses, what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fi_prefetch import __version__, cli, evidence
+from fi_prefetch.bench import environment
+from fi_prefetch.bench.shapes import MODELS, Shape, parse_lens
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are of the behaviour without a GPU, wherever they run."""
+    monkeypatch.setattr(cli, "has_gpu", lambda: False)
+    monkeypatch.setattr(cli.console, "width", 200)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, list(arguments), catch_exceptions=False)
+
+
+def succeed(*arguments: str) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(*arguments: str) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code not in (0, None), result.output
+    return result.output
+
+
+def test_help_names_every_command() -> None:
+    text = succeed("--help")
+    for command in ("bench", "build", "check", "compare", "demo", "explain", "info", "profile", "report"):
+        assert command in text
+        assert "Usage" in succeed(command, "--help")
+
+
+def test_the_version() -> None:
+    assert __version__ in succeed("--version")
+
+
+def test_info_names_versions_and_choices() -> None:
+    report = json.loads(succeed("info", "--json"))
+    assert report["gpu"] is None
+    assert report["versions"]["fi_prefetch"] == __version__
+    assert report["versions"]["flashinfer"] == environment.installed_version("flashinfer-python")
+    assert {choice["kernel"] for choice in report["choices"]} == {"fi_prefetch"}
+    text = succeed("info")
+    assert "reference" in text and "NVIDIA H200" in text
+
+
+def test_the_demo_without_a_gpu_agrees_with_pytorch() -> None:
+    text = succeed("demo", "--no-compile")
+    errors = [float(line.split("│")[2]) for line in text.splitlines() if line.startswith("│")]
+    assert len(errors) == 4
+    assert max(errors) < 5e-3
+
+
+def test_the_demo_says_when_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fi_prefetch.bench.demo.has_nvcc", lambda: False)
+    assert "No nvcc" in succeed("demo")
+
+
+@pytest.mark.parametrize("command", [("check",), ("check", "--only", "memcheck"), ("bench",), ("bench", "layer")])
+def test_what_needs_a_gpu_says_so(command: tuple[str, ...]) -> None:
+    assert "needs a CUDA GPU" in fail(*command)
+
+
+def test_a_profile_needs_a_shape_and_a_profiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert "Nsight Compute" in fail("profile", "--heads", "32/8", "--lens", "8x1K")
+    assert "name one shape" in fail("profile")
+
+
+def test_a_prediction_is_marked_as_one() -> None:
+    text = succeed("bench", "--estimate", "h20", "--model", "llama-3-8b", "--batch", "1,4", "--context", "2K")
+    assert "PREDICTION for H20" in text and "nothing was measured" in text
+    assert "32/8 page 1 1x2K" in text and "32/8 page 1 4x2K" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--heads", "32/8"), "--lens"),
+        (("--heads", "32", "--lens", "1x2K"), "32/8"),
+        (("--heads", "30/8", "--lens", "1x2K"), "multiple"),
+        (("--heads", "32/8", "--lens", "2K"), "8x1K"),
+        (("--heads", "32/8", "--model", "llama-3-8b"), "exclude"),
+        (("--model", "llama-3-9b"), "llama-3-8b"),
+        (("--model", "llama-3-8b", "--tp", "3"), "tensor_parallel"),
+        (("--model", "llama-3-8b", "--context", "2M"), "2M"),
+    ],
+)
+def test_shapes_that_are_none_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    assert message in fail("bench", "--estimate", "h200", *arguments)
+
+
+def test_explain_says_why_in_numbers() -> None:
+    text = succeed("explain", "llama-3-70b", "--tp", "8", "--context", "1x64K+31x4K", "--gpu", "h100")
+    assert "8/1 page 1 1x64K+31x4K on NVIDIA H100" in text
+    assert "kernel: fi_prefetch" in text
+    for lever in ("prologue", "run-ahead", "early load", "streaming hint"):
+        assert lever in text
+    assert "L2 budget" in text and "65536 tokens" in text
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_can_be_explained(model: str) -> None:
+    assert "kernel: fi_prefetch" in succeed("explain", model, "--batch", "4", "--context", "1K")
+
+
+def test_explain_refuses_what_it_cannot_read() -> None:
+    assert "expected" in fail("explain", "llama-3-8b", "--context", "2M")
+    assert "prefetch policy" in fail("explain", "llama-3-8b", "--policy", "fast")
+
+
+# ---- result files --------------------------------------------------------------------------------------------------
+
+
+def result_file(path: Path, times: dict[str, float | None]) -> Path:
+    rows = [
+        {
+            **Shape(32, 8, 1, parse_lens(lens)).to_row(),
+            "floor_us": 1.0,
+            "fi_prefetch_us": time,
+            "baselines_us": {"flashinfer_fa2": 20.0, "fa3": None},
+            "error": 2e-3,
+            "error_flashinfer": 2e-3,
+            "spread": {"fi_prefetch": 0.01},
+        }
+        for lens, time in times.items()
+    ]
+    path.write_text(json.dumps({"gpu": "NVIDIA H200", "read_ceiling_gbs": 4500.0, "rows": rows}))
+    return path
+
+
+def test_compare_tells_faster_from_slower(tmp_path: Path) -> None:
+    before = result_file(tmp_path / "a.json", {"1x2K": 10.0, "8x1K": 10.0, "64x2K": 10.0})
+    after = result_file(tmp_path / "b.json", {"1x2K": 5.0, "8x1K": 10.1, "64x2K": 12.0})
+    text = succeed("compare", str(before), str(after))
+    assert "1 faster, 1 same, 1 slower" in text
+    nothing = result_file(tmp_path / "c.json", {})
+    assert "in common" in fail("compare", str(before), str(nothing))
+
+
+def test_report_prints_tables_and_draws(tmp_path: Path) -> None:
+    path = result_file(tmp_path / "a.json", {"1x2K": 10.0, "8x1K": 25.0, "64x2K": None})
+    text = succeed("report", str(path), "--plots", str(tmp_path / "plots"))
+    assert "2.00x" in text and "geometric mean" in text
+    assert "slower than flashinfer_fa2: 32/8 page 1 8x1K (0.80)" in text
+    assert list((tmp_path / "plots").glob("*.png"))
+
+
+# ---- evidence ------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_not_run_is_declared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for name in ("csrc/decode.cu", *evidence.LAUNCH_FILES):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(name)
+    (tree / "tests").mkdir()
+    monkeypatch.setattr(cli, "checkout", lambda: tree)
+    succeed("check", "--declare-not-run")
+    record = evidence.load(tree / evidence.EVIDENCE_FILE)
+    assert evidence.judge(record, evidence.tree_hash(tree)).state == evidence.NOT_RUN
+
+
+def test_the_checkout_is_found() -> None:
+    assert cli.checkout() == ROOT
+
+
+# ---- where it was measured -----------------------------------------------------------------------------------------
+
+
+def test_the_commit_is_stated_or_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment.commit.cache_clear()
+    monkeypatch.setenv("FI_PREFETCH_COMMIT", "abc")
+    assert environment.commit() == "abc"
+    environment.commit.cache_clear()
+    monkeypatch.delenv("FI_PREFETCH_COMMIT")
+    monkeypatch.setattr(environment, "REPOSITORY", Path("/nonexistent"))
+    assert environment.commit() is None
+    environment.commit.cache_clear()
+
+
+def test_versions_name_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment.installed_version("no-such-distribution") is None
+    assert environment.versions()["torch"]
+
+
+def test_the_names_of_baselines_are_those_that_are_measured() -> None:
+    from fi_prefetch.bench.baselines import BASELINES
+    from fi_prefetch.bench.worker import KINDS
+
+    assert cli.BASELINE_NAMES == tuple(BASELINES)
+    assert cli.BENCH_KINDS == tuple(KINDS)
+    assert set(cli.LAYER_BASELINES) <= set(BASELINES)
