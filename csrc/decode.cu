@@ -257,20 +257,21 @@ void set_cache(DecodeParams& p, const TensorView& k, const TensorView& v, const 
 
   int64_t all_bits = 0;
   for (int i = 0; i < 3; ++i) all_bits |= ks.strides[i] | vs.strides[i];
-  p.unit_shift = 4;
-  while (p.unit_shift < 20 && (all_bits >> p.unit_shift) % 2 == 0) ++p.unit_shift;
+  int unit_shift = 4;
+  while (unit_shift < 20 && (all_bits >> unit_shift) % 2 == 0) ++unit_shift;
+  p.unit_bytes = 1u << unit_shift;
   for (const CacheShape* s : {&ks, &vs}) {
     const double last = static_cast<double>(s->pages - 1) * s->strides[0] +
                         static_cast<double>(s->page_size - 1) * s->strides[1] +
                         static_cast<double>(s->heads - 1) * s->strides[2];
-    FI_PREFETCH_CHECK(last < 4294967296.0 * (int64_t{1} << p.unit_shift), ValueError)
+    FI_PREFETCH_CHECK(last < 4294967296.0 * p.unit_bytes, ValueError)
         << "paged_kv_cache: rows as far as " << last << " bytes apart are beyond what strides that are multiples of "
-        << (1 << p.unit_shift) << " bytes let this kernel address";
+        << p.unit_bytes << " bytes let this kernel address";
   }
   const auto tensor = [&](const TensorView& x, const CacheShape& s) {
-    return KvTensor{static_cast<const uint8_t*>(x.data_ptr()), static_cast<uint32_t>(s.strides[0] >> p.unit_shift),
-                    static_cast<uint32_t>(s.strides[1] >> p.unit_shift),
-                    static_cast<uint32_t>(s.strides[2] >> p.unit_shift)};
+    return KvTensor{static_cast<const uint8_t*>(x.data_ptr()), static_cast<uint32_t>(s.strides[0] >> unit_shift),
+                    static_cast<uint32_t>(s.strides[1] >> unit_shift),
+                    static_cast<uint32_t>(s.strides[2] >> unit_shift)};
   };
   p.k = tensor(k, ks);
   p.v = tensor(v, vs);

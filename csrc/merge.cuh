@@ -131,9 +131,7 @@ FI_PREFETCH_DEVICE bool arrive(int32_t* counter, uint32_t expected, uint32_t* fl
     __threadfence();
   }
   __syncthreads();
-  const bool last = *flag;
-  __syncthreads();  // before the flag's next use
-  return last;
+  return *flag;  // the next arrive() passes its barrier before it writes the flag again
 }
 
 /// A block has two places in global memory: for what it shares with blocks before it, and for what begins in it and goes

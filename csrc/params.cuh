@@ -8,8 +8,8 @@ namespace fi_prefetch {
 /// Tokens of one kv head that a warp loads and multiplies in one go (the M of the tensor cores' 16x8x16 product).
 constexpr int kTileTokens = 16;
 
-/// Where the KV cache of a layer lies. Strides and offsets are counted in units of 2^unit_shift bytes (at least 16), so
-/// that one 32-bit number reaches at least 64 GiB; the host refuses larger caches.
+/// Where the KV cache of a layer lies. Strides and offsets are counted in units of `unit_bytes` (at least 16), so that
+/// one 32-bit number reaches at least 64 GiB; the host refuses larger caches.
 struct KvTensor {
   const uint8_t* data;
   uint32_t page_stride;
@@ -51,7 +51,7 @@ struct DecodeParams {
   const float* sinks;   // [num_qo_heads] or null
   KvTensor k;
   KvTensor v;
-  int32_t unit_shift;
+  uint32_t unit_bytes;        // a power of two
   int32_t contiguous_tokens;  // 1: the 16 rows of a tile lie one after the other in memory (HND, pages of 16 and more)
   PageTable table;
   int32_t num_qo_heads;

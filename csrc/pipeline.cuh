@@ -105,6 +105,8 @@ class KvPipeline {
     const uint32_t valid = min(cursor_.request.length - token, kTileTokens);  // rows beyond are zero-filled
     const uint32_t row_offset = rows_.offset(p_, cursor_, page_);
     const uint32_t stage = k_tile(stage_to_fill_);
+    const uint8_t* k = p_.k.data + chunk * 16;
+    const uint8_t* v = p_.v.data + chunk * 16;
 #pragma unroll
     for (int copy = 0; copy < kCopies; ++copy) {
       const uint32_t row = copy * kRowsPerCopy + first_row;
@@ -113,10 +115,9 @@ class KvPipeline {
           (lane_offset ^ (T::kRowChunks >= 8 ? (copy * kRowsPerCopy % 8) << 4 : 0));
       const uint32_t bytes = row < valid ? 16 : 0;
       const uint32_t k_offset = __shfl_sync(kFullWarp, row_offset, row);
-      ptx::copy_async_16(destination, rows_.address(p_.k, p_.unit_shift, k_offset) + chunk * 16, bytes, policy_);
+      ptx::copy_async_16(destination, TileRows::address(k, p_.unit_bytes, k_offset), bytes, policy_);
       const uint32_t v_offset = __shfl_sync(kFullWarp, row_offset, kTileTokens + row);
-      ptx::copy_async_16(destination + T::kTileBytes, rows_.address(p_.v, p_.unit_shift, v_offset) + chunk * 16, bytes,
-                         policy_);
+      ptx::copy_async_16(destination + T::kTileBytes, TileRows::address(v, p_.unit_bytes, v_offset), bytes, policy_);
     }
     if (lane == 0) {
       headers_[stage_to_fill_] = {cursor_.request_index,

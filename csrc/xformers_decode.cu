@@ -1,5 +1,6 @@
-// The entry points of the paper's kernel, for measurements: `run`, `residency`, and `mark_sms`. One compilation has every
-// element type, head_dim and way to prefetch. What is in the block table and the lengths is the caller's to get right.
+// The entry points of the paper's kernel, for measurements: `run`, `residency` and `mark_sms`. One compilation has
+// every element type, head_dim and way to prefetch. What the block table and the lengths say is the caller's to get
+// right: lengths are cut off where shared memory ends, block numbers are used as they are.
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/dtype.h>
 #include <tvm/ffi/error.h>

@@ -165,8 +165,8 @@ struct KvBlocks {
     return cache + static_cast<int64_t>(__ldg(table + index)) * stride;
   }
 
-  /// Loads KV block `index`: this lane has its 16-byte pieces lane, lane + 32, lane + 64, ... Then asks for the one that
-  /// this warp comes to `distance` iterations later, if the sequence has it.
+  /// Loads KV block `index`: this lane has its 16-byte pieces lane, lane + 32, lane + 64, ... Then asks for the one
+  /// that this warp comes to `distance` iterations later, if the sequence has it.
   FI_PREFETCH_DEVICE void load(int index, uint4 (&pieces)[Traits::kLoads]) const {
     const uint4* memory = reinterpret_cast<const uint4*>(address(index)) + threadIdx.x % 32;
 #pragma unroll

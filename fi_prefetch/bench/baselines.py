@@ -72,7 +72,7 @@ def prepare_xqa(inputs: DecodeInputs) -> Call:
         raise Unsupported(f"XQA has pages of {XQA_PAGE_SIZES} tokens, not {shape.page_size}")
     # Zeros at its first use (its semaphores), and its own: other kernels leave anything in a workspace.
     scratch = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.q.device)
-    seq_lens = inputs.seq_lens.to(torch.uint32)
+    seq_lens = inputs.seq_lens.view(torch.uint32)
     longest = max(shape.lengths)
 
     def call(i: int) -> None:

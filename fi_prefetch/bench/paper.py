@@ -1,8 +1,8 @@
-"""The paper's kernel with and without its prefetch, over batch, length and bytes in flight; benchmarks/results/<gpu>/map.json.
+"""The paper's kernel with and without its prefetch, over bytes in flight; benchmarks/results/<gpu>/map.json.
 
 The kernel (csrc/xformers_decode.cuh) is paged attention that loads KV into registers, one thread block to a query head
-of a sequence, and can ask for its next KV block to be brought into L2 meanwhile. It runs on the whole GPU and on a slice
-of it with about the SMs of the paper's H20 (78), cut with a green context. A row of the result file:
+of a sequence, and can ask for its next KV block to be brought into L2 meanwhile. It runs on the whole GPU and on a
+slice of it with about the SMs of the paper's H20 (78), cut with a green context. A row of the result file:
 
     part             "table": the paper's batches and lengths; "residency": fewer thread blocks an SM than would fit
     heads_q, heads_kv, head_dim, page_size, kv_lens, q_dtype, kv_dtype, kv_bytes
@@ -13,9 +13,9 @@ of it with about the SMs of the paper's H20 (78), cut with a green context. A ro
     resident         thread blocks an SM held: what may be and fits, or what there were; null without a slice
     bytes_in_flight  KV bytes that an SM waited for at a time, at most, without prefetch; null without a slice
     floor_us         kv_bytes at the read ceiling of the whole GPU
-    us               time of a call without prefetch ("off", and "off_again" after the others), with one `distance`
-                     iterations ahead ("bulk_1" is the paper's; "lines_1" has line prefetches in its place); in the table's
-                     rows of the whole GPU also that of other kernels on as much KV; null where there is none
+    us               time of a call without prefetch ("off", and "off_again" after the others), and with one that many
+                     iterations ahead ("bulk_1" is the paper's; "lines_1" has line prefetches in its place); in the
+                     table's rows of the whole GPU also that of other kernels on as much KV; null where there is none
     spread, missing  of each of `us`: (90th - 10th percentile) / median; why it is null
 """
 

@@ -33,7 +33,7 @@ static DecodeParams params(const void* q, void* o, float* lse, const float* sink
   p.q = q; p.q_stride_n = n[0]; p.q_stride_h = n[1];
   p.o = o; p.lse = lse; p.sinks = sinks;
   p.k = tensor(k, n + 2); p.v = tensor(v, n + 5);
-  p.unit_shift = n[8]; p.contiguous_tokens = n[9];
+  p.unit_bytes = n[8]; p.contiguous_tokens = n[9];
   p.table = {indptr, indices, last_page_len, int32_t(n[10]), int32_t(n[11]), int32_t(n[12]), int32_t(n[13]),
              int32_t(n[14]), int32_t(0x7fffffff / n[13])};
   p.num_qo_heads = n[15]; p.num_kv_heads = n[16]; p.group_size = n[15] / n[16]; p.group_inverse = 65536 / p.group_size + 1;
@@ -158,7 +158,7 @@ def arguments(problem: Problem):
     unit_shift = min((s & -s).bit_length() - 1 for s in byte_strides if s > 0)
     page_size = p.k.shape[1]
     n = np.array(
-        [p.q.stride(0), p.q.stride(1), *(s >> unit_shift for s in byte_strides), unit_shift,
+        [p.q.stride(0), p.q.stride(1), *(s >> unit_shift for s in byte_strides), 1 << unit_shift,
          int(page_size % 16 == 0 and p.k.stride(1) == p.k.shape[3] and p.v.stride(1) == p.v.shape[3]),
          len(p.last_page_len), len(p.indices), p.k.shape[0], page_size,
          page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else -1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -12,7 +12,9 @@ import tvm_ffi
 
 from fi_prefetch import jit
 
-KERNEL = re.compile(r"xformers_decode_kernelINS0_6TraitsI(?P<dtype>13__nv_bfloat16|6__half)Li(?P<dim>\d+).*PrefetchE(?P<prefetch>\d)")
+KERNEL = re.compile(
+    r"xformers_decode_kernelINS0_6TraitsI(?P<dtype>13__nv_bfloat16|6__half)Li(?P<dim>\d+).*PrefetchE(?P<prefetch>\d)"
+)
 KINDS = {(dtype, dim) for dtype in ("13__nv_bfloat16", "6__half") for dim in (64, 128)}
 OFF, BULK, LINES = 0, 1, 2
 REGISTERS_OF_SM, THREADS = 65536, 128
@@ -20,18 +22,20 @@ RESIDENT = {64: 8, 128: 7}  # thread blocks an SM, by head_dim
 
 
 def cuobjdump() -> Path:
-    spec = importlib.util.find_spec("nvidia.cu13")
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        if (tool := Path(folder) / "bin" / "cuobjdump").is_file():
-            return tool
-    raise FileNotFoundError("cuobjdump: pip install 'nvidia-cuda-cuobjdump>=13'")
+    """NVIDIA's disassembler, out of its pip package."""
+    try:
+        package = importlib.import_module("nvidia.cu13")
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError("cuobjdump is not there: pip install 'nvidia-cuda-cuobjdump>=13'") from error
+    return next(tool for folder in package.__path__ if (tool := Path(folder) / "bin" / "cuobjdump").is_file())
 
 
 @pytest.fixture(scope="module", params=["80", "90a", "100a", "120a"])
 def machine_code(request, tmp_path_factory) -> tuple[str, dict, dict]:
     """The architecture; and of each kernel (dtype, head_dim, prefetch), its resource usage and its instructions."""
     cubin = tmp_path_factory.mktemp("paper") / f"sm_{request.param}.cubin"
-    flags = ["-std=c++17", "-O3", f"-I{jit.csrc_dir()}", f"-I{tvm_ffi.libinfo.find_include_path()}", "-Werror=all-warnings"]
+    includes = [f"-I{jit.csrc_dir()}", f"-I{tvm_ffi.libinfo.find_include_path()}"]
+    flags = ["-std=c++17", "-O3", "-Werror=all-warnings", *includes]
     target = f"-gencode=arch=compute_{request.param},code=sm_{request.param}"
     command = [jit.nvcc_path(), *flags, target, "-cubin", "-o", cubin, jit.csrc_dir() / "xformers_decode.cu"]
     compiled = subprocess.run(command, capture_output=True, text=True)
@@ -72,7 +76,7 @@ def test_a_prefetch_does_not_change_how_many_thread_blocks_fit(machine_code):
     """Else a comparison of on and off would be one of bytes in flight too."""
     _, usage, _ = machine_code
     for kind in KINDS:
-        registers = [-(-usage[*kind, prefetch]["REG"] // 8) * 8 for prefetch in (OFF, BULK, LINES)]
+        registers = [-(-usage[(*kind, prefetch)]["REG"] // 8) * 8 for prefetch in (OFF, BULK, LINES)]
         assert {REGISTERS_OF_SM // (THREADS * number) for number in registers} == {RESIDENT[kind[1]]}, (kind, registers)
 
 

@@ -1,6 +1,9 @@
 """The decode kernel's own source, run lane by lane on the CPU, against attention written from its definition."""
 
 import math
+import os
+import subprocess
+import sys
 
 import emulated_decode as emulated
 import pytest
@@ -200,6 +203,23 @@ def test_window_op_asks_for_the_head_of_every_piece(hnd):
     rows = (64 + 48) * 2 * 2  # tokens, heads, K and V
     assert len(everything) == rows * 2
     assert len({int(a["address"]) for a in everything}) == rows * 2, "each line once"
+
+
+def test_plain_loads_and_stores_stay_inside_their_buffers():
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer, which need a process of their own."""
+    program = """
+import emulated_decode as emulated
+for options in ({}, {"window_left": 20, "q_len": 2}, {"levers": (2, 2, 1, 2, 1), "page_size": 16, "hnd": True}):
+    for lengths in ([0, 1, 33, 200], [700]):
+        problem = emulated.make_problem(lengths, heads_q=6, heads_kv=2, blocks=20, warps=2, **options)
+        o, _, _ = emulated.run(problem)
+        assert (o.double() - emulated.reference(problem)[0]).abs().max() < 0.05
+print("clean")
+"""
+    path = os.pathsep.join(sys.path)
+    environment = emulated.emulator.sanitizer_environment() | {"PYTHONPATH": path}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0 and result.stdout.strip() == "clean", result.stderr[-4000:]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

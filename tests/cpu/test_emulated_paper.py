@@ -38,19 +38,17 @@ EMULATOR_EXPORT const char* decode(const void* q, const void* k, const void* v, 
   const emulator::Launch launch{.grid = dim3(heads, sequences), .block = kThreads,
                                 .shared_bytes = SharedMemory<TEST_HEAD_DIM>::bytes(max_context_len),
                                 .seed = uint64_t(seed), .resident_blocks = 3};
-  switch (Prefetch(prefetch)) {
-    case Prefetch::kNone: return emulator::launch(launch, xformers_decode_kernel<Traits<TEST_T, TEST_HEAD_DIM, Prefetch::kNone>>, p);
-    case Prefetch::kBulk: return emulator::launch(launch, xformers_decode_kernel<Traits<TEST_T, TEST_HEAD_DIM, Prefetch::kBulk>>, p);
-    case Prefetch::kLines: return emulator::launch(launch, xformers_decode_kernel<Traits<TEST_T, TEST_HEAD_DIM, Prefetch::kLines>>, p);
-  }
-  return "no such prefetch";
+  constexpr void (*kKernels[])(Params) = {xformers_decode_kernel<Traits<TEST_T, TEST_HEAD_DIM, Prefetch::kNone>>,
+                                          xformers_decode_kernel<Traits<TEST_T, TEST_HEAD_DIM, Prefetch::kBulk>>,
+                                          xformers_decode_kernel<Traits<TEST_T, TEST_HEAD_DIM, Prefetch::kLines>>};
+  return emulator::launch(launch, kKernels[prefetch], p);
 }
 """
 
 
 @dataclass
 class Problem:
-    """q [sequences, heads, dim]; keys and values a sequence each [length, kv heads, dim]; and the same in the caches."""
+    """q [sequences, heads, dim]; keys and values, a sequence each, [length, kv heads, dim]; the same in the caches."""
 
     q: torch.Tensor
     keys: list[torch.Tensor]
@@ -87,14 +85,14 @@ def make_problem(lengths, heads=4, kv_heads=4, head_dim=64, dtype=BF16, q_scale=
     return Problem(q, keys, values, k_cache, v_cache, table, torch.tensor(lengths, dtype=torch.int32), max(lengths))
 
 
-def launch(q, k_cache, v_cache, table, lengths, out, max_context_len, sm_scale, prefetch, distance, most_resident, seed=0):
+def launch(q, k_cache, v_cache, table, lengths, out, longest, sm_scale, prefetch, distance, most_resident, seed=0):
     """The module's `run`, on the emulator. Returns the library."""
     defines = {"TEST_T": CUDA_TYPES[q.dtype], "TEST_HEAD_DIM": q.shape[2]}
     library = emulator.build("paper", SOURCE, defines)
     inputs = [storage(x)[: x.nbytes] for x in (q, k_cache, v_cache, table, lengths)]
     emulator.register(library, *inputs)
     emulator.call(library, "decode", *inputs, numpy_view(out), len(lengths), q.shape[1], k_cache.shape[1],
-                  table.shape[1], max_context_len, sm_scale, prefetch, distance, seed)  # fmt: skip
+                  table.shape[1], longest, sm_scale, prefetch, distance, seed)  # fmt: skip
     return library
 
 

@@ -53,7 +53,8 @@ cudaError_t set_attribute(Kernel*, cudaFuncAttribute attribute, int value) {
 }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_kernel(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
+cudaError_t launch_kernel(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                          const Arguments&... arguments) {
   const auto& [grid, block, shared_bytes, stream, attributes, attribute_count] = *config;
   device.launches += 1;
   device.dependent_launches += attribute_count > 0;

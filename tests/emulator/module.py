@@ -1,4 +1,4 @@
-"""The compiled module of csrc/decode.cu, on the CPU: the same exported functions, the same checks, the emulated kernel."""
+"""The module of csrc/decode.cu on the CPU: the same exported functions and checks, the kernel emulated."""
 
 from __future__ import annotations
 

@@ -185,16 +185,20 @@ def build(case: Case, device: torch.device = DEVICE) -> Inputs:
     values = (num_pages, case.page, heads_kv, case.dim)
     k = random_values(values, DTYPES[case.kv], device, seed + 1)
     v = random_values(values, DTYPES[case.kv], device, seed + 2)
-    used = torch.zeros(num_pages, case.page, dtype=torch.bool)
-    for own, length in zip(pages, case.lens, strict=True):
-        for i, page in enumerate(own):
-            used[page, : min(case.page, length - i * case.page)] = True
-    k_view, v_view, cache = build_cache(k, v, case)
-    q = random_values((len(case.lens) * case.q_len, heads_q, case.dim), DTYPES[case.q], device, seed + 3)
     counts = torch.tensor([len(own) for own in pages], dtype=torch.int32)
+    lens = torch.tensor(case.lens, dtype=torch.int32)
     indptr = torch.zeros(len(pages) + 1, dtype=torch.int32)
     indptr[1:] = counts.cumsum(0)
-    lens = torch.tensor(case.lens, dtype=torch.int32)
+    indices = torch.tensor([page for own in pages for page in own], dtype=torch.int32)
+    last_page_len = torch.where(counts > 0, lens - (counts - 1) * case.page, 0).to(torch.int32)
+    tokens_held = torch.full_like(indices, case.page)
+    tokens_held[indptr[1:][counts > 0].long() - 1] = last_page_len[counts > 0]
+    held = torch.arange(case.page) < tokens_held[:, None]
+    holders = torch.zeros(num_pages, case.page, dtype=torch.int32)
+    holders.index_put_((indices.long(),), held.to(torch.int32), accumulate=True)
+
+    k_view, v_view, cache = build_cache(k, v, case)
+    q = random_values((len(case.lens) * case.q_len, heads_q, case.dim), DTYPES[case.q], device, seed + 3)
     sinks = random_values((heads_q,), torch.float32, device, seed + 4) * 2 if case.sinks else None
     return Inputs(
         case=case,
@@ -204,10 +208,10 @@ def build(case: Case, device: torch.device = DEVICE) -> Inputs:
         cache=cache,
         lens=list(case.lens),
         indptr=indptr.to(device),
-        indices=torch.tensor([p for own in pages for p in own], dtype=torch.int32, device=device),
-        last_page_len=torch.where(counts > 0, lens - (counts - 1) * case.page, 0).to(torch.int32).to(device),
+        indices=indices.to(device),
+        last_page_len=last_page_len.to(device),
         sinks=sinks,
-        unused=~used.to(device),
+        unused=(holders == 0).to(device),
     )
 
 

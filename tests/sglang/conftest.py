@@ -1,62 +1,13 @@
-"""Where the tests find SGLang: an environment for each tested release, made by make_env.py."""
+"""Every test of a release runs for each of them."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-from pathlib import Path
-
 import make_env
 import pytest
+from releases import Release
 
 # Run by test_inside.py in a release's environment, where SGLang can be imported.
-collect_ignore = ["inside"]
-
-HERE = Path(__file__).resolve().parent
-# Far more than a quiet machine needs; a hanging engine must end some time.
-TIMEOUT_S = 1200
-
-
-class Release:
-    """One tested release of SGLang.
-
-    Attributes:
-        version: "0.5.16".
-        python: the interpreter of its environment.
-    """
-
-    def __init__(self, version: str) -> None:
-        self.version = version
-        self.python = make_env.python_of(version)
-        if not make_env.is_ready(version):
-            pytest.fail(
-                f"the environment for SGLang {version} is missing or out of date; make it with: {make_env.COMMAND}",
-                pytrace=False,
-            )
-
-    @property
-    def sources(self) -> Path:
-        """The folder that has SGLang's package in it."""
-        return next((make_env.HOME / self.version / "lib").glob("python*/site-packages"))
-
-    def run(self, *arguments: str | Path, path: tuple[Path, ...] = (), **environment: str) -> str:
-        """Runs the environment's Python; its output. Fails with the end of it where the exit status is not 0.
-
-        Args:
-            path: folders for the front of PYTHONPATH; the stand-ins are always there.
-        """
-        search = os.pathsep.join(map(str, (*path, HERE / "standins")))
-        done = subprocess.run(
-            [self.python, *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1"} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
-        if done.returncode:
-            pytest.fail(f"{' '.join(map(str, arguments))} exited with {done.returncode}:\n{done.stdout[-6000:]}")
-        return done.stdout
+collect_ignore = ["inside", "gpu_path", "standins"]
 
 
 @pytest.fixture(scope="session", params=make_env.RELEASES)

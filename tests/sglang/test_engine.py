@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 import pytest
-from conftest import HERE, Release
+from releases import HERE, Release
 
 VOCABULARY = 320
 # Log-probabilities of the two likeliest tokens that differ by less count as equal.

@@ -1,0 +1,61 @@
+# `make demo` shows what this does here, with a GPU or without; `make test` passes the tests. Both set up all they need.
+
+# Python 3.10 to 3.13.
+PYTHON ?= python3
+VENV ?= .venv
+# Installed first. With another CUDA version or driver: `make demo TORCH=torch==2.9.1`.
+TORCH ?= torch==2.13.0
+# Test processes at a time.
+JOBS ?= auto
+
+RUN := $(VENV)/bin
+# FlashInfer's JIT calls ninja, which is in there.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+CUDA_SOURCES := $(wildcard csrc/* fi_prefetch/bench/*.cu tests/gpu/*.cu tests/emulator/*.h tests/emulator/*.cuh)
+OLDEST_SGLANG := tests/sglang/.venv/0.5.16
+OLDEST_TESTS := $(addprefix tests/cpu/test_,api.py dispatch.py jit.py oldest_flashinfer.py wrapper.py)
+OLDEST_TOOLS := $(abspath $(VENV))/for-oldest-flashinfer
+
+.PHONY: demo test test-oldest test-gpu lint format wheel clean
+
+demo: $(VENV)/made-from
+	$(RUN)/fi-prefetch demo
+
+test: $(VENV)/made-from
+	$(RUN)/python tests/sglang/make_env.py
+	$(RUN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadgroup tests/cpu tests/sglang
+
+# The wrapper on the oldest FlashInfer it supports, 0.6.14: the one beside the oldest SGLang that is tested.
+test-oldest: $(VENV)/made-from
+	$(RUN)/python tests/sglang/make_env.py
+	test -d $(OLDEST_TOOLS) || $(RUN)/pip install --quiet --target $(OLDEST_TOOLS) \
+	    pytest hypothesis ninja nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	PYTHONPATH=$(OLDEST_TOOLS) $(OLDEST_SGLANG)/bin/python -m pytest -p no:cacheprovider $(OLDEST_TESTS)
+
+# Needs a GPU. Add `--record` by hand: `.venv/bin/fi-prefetch check --record`.
+test-gpu: $(VENV)/made-from
+	$(RUN)/fi-prefetch check
+
+lint: $(VENV)/made-from
+	$(RUN)/ruff check
+	$(RUN)/ruff format --check
+	$(RUN)/clang-format --dry-run --Werror $(CUDA_SOURCES)
+
+format: $(VENV)/made-from
+	$(RUN)/ruff check --fix
+	$(RUN)/ruff format
+	$(RUN)/clang-format -i $(CUDA_SOURCES)
+
+wheel: $(VENV)/made-from
+	$(RUN)/pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tests/sglang/.venv
+
+# PyTorch comes first and alone: what is installed after it must not choose another build of it.
+$(VENV)/made-from: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install $(TORCH)
+	$(RUN)/pip install --editable '.[test,plots]'
+	touch $@

@@ -1,0 +1,183 @@
+"""Which backend the flag becomes, and what it says where it cannot be served."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fi_prefetch.sglang import layers, named_backends, promises, settings
+from fi_prefetch.sglang.backend import create_backend
+from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.layers.radix_attention import RadixAttention
+
+
+def runner(**changes: Any) -> Any:
+    """As much of a ModelRunner as the choice of a backend looks at."""
+    facts = {
+        "use_mla_backend": False,
+        "device": "cuda",
+        "spec_algorithm": SimpleNamespace(is_none=lambda: True),
+        "server_args": SimpleNamespace(enable_deterministic_inference=False),
+        "is_draft_worker": False,
+    }
+    return SimpleNamespace(**facts | changes)
+
+
+def attention(layer_id: int, heads: int = 6, kv_heads: int = 2, head_dim: int = 64, **more: Any) -> RadixAttention:
+    return RadixAttention(heads, head_dim, head_dim**-0.5, kv_heads, layer_id, **more)
+
+
+def test_latent_attention_is_refused_with_what_to_use() -> None:
+    with pytest.raises(ValueError, match="latent attention.*--attention-backend flashinfer, fa3 or flashmla"):
+        create_backend(runner(use_mla_backend=True))
+
+
+@pytest.mark.parametrize("device", ["xpu", "npu", "hpu"])
+def test_other_devices_are_refused_with_what_to_use(device: str) -> None:
+    with pytest.raises(ValueError, match=f"expected an NVIDIA GPU.*got device '{device}'.*backend triton"):
+        create_backend(runner(device=device))
+
+
+def test_amd_is_refused_with_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(ValueError, match="got an AMD GPU; start with --attention-backend triton"):
+        create_backend(runner())
+
+
+def test_missing_flashinfer_is_refused_with_what_to_do() -> None:
+    # SGLang says so on a machine without a GPU.
+    with pytest.raises(ValueError, match="SGLang finds no FlashInfer.*install flashinfer-python"):
+        create_backend(runner())
+
+
+def test_draft_model_gets_flashinfers_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang.srt.utils.is_flashinfer_available", lambda: True)
+    monkeypatch.setattr(named_backends, "draft_with_flashinfer", lambda: None)
+    monkeypatch.setitem(ATTENTION_BACKENDS, "flashinfer", lambda its_runner: ("flashinfer's", its_runner))
+    draft = runner(is_draft_worker=True, spec_algorithm=SimpleNamespace(is_none=lambda: False))
+    assert create_backend(draft) == ("flashinfer's", draft)
+
+
+def test_draft_steps_under_our_name_are_flashinfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    monkeypatch.setattr(
+        DraftBackendFactory, "_create_backend", lambda self, name, table, template: table["fi_prefetch"]()
+    )
+    named_backends.draft_with_flashinfer()
+    wrapped = DraftBackendFactory._create_backend
+    named_backends.draft_with_flashinfer()
+    assert DraftBackendFactory._create_backend is wrapped
+    factory = object.__new__(DraftBackendFactory)
+    assert factory._create_backend("decode_attention_backend", {"flashinfer": lambda: 5}, "{backend_type}") == 5
+
+
+def test_draft_factory_looks_names_up_where_we_add_ours() -> None:
+    """SGLang's own factory still takes the table of names that `draft_with_flashinfer` adds to."""
+    import inspect
+
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    assert list(inspect.signature(DraftBackendFactory._create_backend).parameters)[1:3] == [
+        "backend_name", "backend_map"
+    ]  # fmt: skip
+
+
+def test_deterministic_prefill_is_cut_as_flashinfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    def names_no_size(self: Any) -> None:
+        self.truncation_align_size = None
+
+    monkeypatch.setattr(Scheduler, "init_deterministic_inference_config", names_no_size)
+    named_backends.align_prefill_chunks()
+    scheduler = object.__new__(Scheduler)
+    scheduler.init_deterministic_inference_config()
+    assert scheduler.truncation_align_size == 4096
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"enable_deterministic": True}, "splits of a fixed size"),
+        ({"decode_uses_dequant_workspace": True}, "unpacked into a workspace"),
+        ({"_layers": []}, "no attention layers"),
+        ({"_layers": [attention(0), attention(1, heads=4)]}, "layer 1 has 4 query heads"),
+        ({"_layers": [attention(0), attention(1, head_dim=128)]}, "layer 1 .* head dimensions 128 and 128"),
+        ({"_layers": [attention(0, v_head_dim=32)]}, "layer 0 .* head dimensions 64 and 32"),
+        ({}, None),
+    ],
+)
+def test_models_that_flashinfer_decodes(changes: dict[str, Any], reason: str | None) -> None:
+    backend = object.__new__(FiPrefetchAttnBackend)
+    facts = {
+        "enable_deterministic": False,
+        "decode_uses_dequant_workspace": False,
+        "_layers": [attention(0), attention(1)],
+        "indices_updater_decode": SimpleNamespace(num_qo_heads=6, num_kv_heads=2, head_dim=64),
+    }
+    for name, value in (facts | changes).items():
+        setattr(backend, name, value)
+    obstacle = backend._obstacle()
+    if reason is None:
+        assert obstacle is None
+    else:
+        with pytest.raises(ValueError, match=reason):
+            raise ValueError(obstacle)
+
+
+def test_layers_come_in_the_order_of_their_numbers() -> None:
+    model = torch.nn.ModuleList([attention(2), torch.nn.Linear(2, 2), attention(0)])
+    assert [layer.layer_id for layer in layers.attention_layers(model)] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("pdmux", "variable", "ready", "reason"),
+    [
+        (False, None, "all_but_last_token", "one token a request"),
+        (True, None, "page_table", "another stream"),
+        (False, "page_table", "page_table", settings.READY_VARIABLE),
+        (False, "nothing", "nothing", settings.READY_VARIABLE),
+        (True, "all_but_last_token", "page_table", "another stream"),
+    ],
+)
+def test_promise(
+    monkeypatch: pytest.MonkeyPatch, pdmux: bool, variable: str | None, ready: str, reason: str
+) -> None:
+    monkeypatch.delenv(settings.READY_VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(settings.READY_VARIABLE, variable)
+    promise = promises.keeps(SimpleNamespace(enable_pdmux=pdmux))
+    assert promise.ready == ready
+    assert reason in promise.reason
+
+
+@pytest.mark.parametrize(
+    ("variable", "read"), [(settings.READY_VARIABLE, settings.most_ready), (settings.WINDOW_VARIABLE, settings.window)]
+)
+def test_environment_with_a_wrong_word(monkeypatch: pytest.MonkeyPatch, variable: str, read: Any) -> None:
+    monkeypatch.setenv(variable, "everything")
+    with pytest.raises(ValueError, match=f"{variable}: expected one of .*, got 'everything'"):
+        read()
+
+
+def test_cpu_backend_refuses_what_the_reference_does_not_serve(caplog: pytest.LogCaptureFixture) -> None:
+    from fi_prefetch.sglang.cpu_backend import CpuAttnBackend
+
+    model = torch.nn.ModuleList([attention(0, v_head_dim=32)])
+    pools = {"req_to_token_pool": None, "token_to_kv_pool": None}
+    facts = SimpleNamespace(device="cpu", dtype=torch.float32, kv_cache_dtype=torch.float32, model=model, **pools)
+    with pytest.raises(ValueError, match="keys have 64 elements and its values 32.*torch_native"):
+        CpuAttnBackend(facts)
+    facts.model = torch.nn.ModuleList([attention(0)])
+    facts.model_config = SimpleNamespace(is_encoder_decoder=True)
+    with pytest.raises(ValueError, match="encoder-decoder.*torch_native"):
+        CpuAttnBackend(facts)
+    facts.model_config = SimpleNamespace(is_encoder_decoder=False)
+    with caplog.at_level(logging.INFO, "fi_prefetch"):
+        CpuAttnBackend(facts)
+    assert "kernel reference" in caplog.text

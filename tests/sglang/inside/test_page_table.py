@@ -1,0 +1,195 @@
+"""The decode page table as SGLang's own code fills it for our wrapper, and what is left out on the way."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend, _DecodePageTable
+from fi_prefetch.sglang.decode_wrapper import ServedDecodeWrapper
+from gpu_path_plugin import CpuForCuda
+from sglang.srt.layers.attention.flashinfer_backend import FlashInferIndicesUpdaterDecode
+
+LENGTHS = torch.tensor([3, 1, 7])
+ROWS = torch.tensor([2, 0, 4])
+TABLE_WIDTH = 16
+WORKSPACE = torch.empty(1024, dtype=torch.uint8)
+
+
+class Untouchable:
+    """Host lengths that may be passed on, and that nobody may compute with."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} of the lengths on the host was used")
+
+
+class WindowPool:
+    """A pool whose slots are those of the full pool plus 100."""
+
+    @staticmethod
+    def translate_loc_from_full_to_swa(slots: torch.Tensor) -> torch.Tensor:
+        return slots + 100
+
+
+def updater(kind: type[FlashInferIndicesUpdaterDecode], window_pool: Any = None) -> FlashInferIndicesUpdaterDecode:
+    """SGLang's updater, without the model runner it is normally made from."""
+    made = object.__new__(kind)
+    made.num_qo_heads, made.num_kv_heads, made.head_dim = 6, 2, 64
+    made.data_type = made.q_data_type = torch.float32
+    made.kv_last_page_len = torch.ones(8, dtype=torch.int32)
+    made.req_to_token = torch.arange(6 * TABLE_WIDTH, dtype=torch.int32).view(6, TABLE_WIDTH)
+    made._swa_kv_pool = window_pool
+    made.attn_backend = SimpleNamespace(kv_index_translator=translator(made.req_to_token))
+    return made
+
+
+def translator(req_to_token: torch.Tensor) -> Any:
+    """SGLang 0.5.23's reader of `req_to_token`, with an ordinary pool behind it; 0.5.16 has none."""
+    try:
+        from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
+    except ImportError:
+        return None
+    made = object.__new__(KVIndexTranslator)
+    made.req_to_token = req_to_token
+    made._spaces = {}
+    return made
+
+
+def graph_wrapper(batch_size: int = 3) -> ServedDecodeWrapper:
+    wrapper = ServedDecodeWrapper(
+        WORKSPACE,
+        use_cuda_graph=True,
+        paged_kv_indptr_buffer=torch.zeros(batch_size + 1, dtype=torch.int32),
+        paged_kv_indices_buffer=torch.zeros(64, dtype=torch.int32),
+        paged_kv_last_page_len_buffer=torch.ones(batch_size, dtype=torch.int32),
+    )
+    table = (wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf, wrapper._paged_kv_last_page_len_buf)
+    wrapper._paged_kv_indptr_buf.copy_(torch.arange(batch_size + 1))
+    wrapper.plan(*table, 6, 2, 64, 1, q_data_type=torch.float32)
+    return wrapper
+
+
+def fill(its_updater: Any, wrapper: Any, lengths_cpu: Any, **more: Any) -> None:
+    """One decode step's update, with SGLang's arguments."""
+    arguments = {
+        "paged_kernel_lens": LENGTHS,
+        "paged_kernel_lens_sum": int(LENGTHS.sum()),
+        "kv_indptr": wrapper._paged_kv_indptr_buf,
+        "kv_start_idx": None,
+        "spec_info": None,
+        "seq_lens_cpu": lengths_cpu,
+        "req_pool_indices": ROWS,
+    } | more
+    if its_updater.attn_backend.kv_index_translator is not None:
+        arguments["plan"] = None
+    with CpuForCuda():
+        its_updater.call_begin_forward(wrapper, **arguments)
+
+
+def expected(offset: int = 0) -> list[int]:
+    rows = zip(ROWS.tolist(), LENGTHS.tolist(), strict=True)
+    return [row * TABLE_WIDTH + token + offset for row, length in rows for token in range(length)]
+
+
+def slots(wrapper: ServedDecodeWrapper) -> list[int]:
+    return wrapper._paged_kv_indices_buf[: int(LENGTHS.sum())].tolist()
+
+
+def test_replay_fills_the_graphs_buffers_and_plans_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = graph_wrapper()
+
+    def planned(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("planned for a replay")
+
+    monkeypatch.setattr(ServedDecodeWrapper, "plan", planned)
+    # What SGLang does after a capture.
+    wrapper.begin_forward = planned
+    fill(updater(_DecodePageTable), wrapper, Untouchable())
+    assert wrapper._paged_kv_indptr_buf.tolist() == [0, 3, 4, 11]
+    assert slots(wrapper) == expected()
+
+
+def test_sglangs_own_update_uses_the_lengths_on_the_host() -> None:
+    """What the override leaves out: without it the same call computes on the host."""
+    with pytest.raises(AssertionError, match="lengths on the host"):
+        fill(updater(FlashInferIndicesUpdaterDecode), graph_wrapper(), Untouchable())
+
+
+def test_answers_follow_a_replays_page_table() -> None:
+    wrapper = graph_wrapper()
+    fill(updater(_DecodePageTable), wrapper, LENGTHS)
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(6 * TABLE_WIDTH, 2, 64, generator=generator) for _ in range(2))
+    q = torch.randn(3, 6, 64, generator=generator)
+    answer = wrapper.forward(q, (k, v), sm_scale=0.125)
+    for request, (row, length) in enumerate(zip(ROWS.tolist(), LENGTHS.tolist(), strict=True)):
+        tokens = slice(row * TABLE_WIDTH, row * TABLE_WIDTH + length)
+        keys, values = (x[tokens].repeat_interleave(3, dim=1).transpose(0, 1) for x in (k, v))
+        truth = torch.nn.functional.scaled_dot_product_attention(q[request][:, None], keys, values, scale=0.125)
+        torch.testing.assert_close(answer[request], truth[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_step_without_a_graph_plans_for_its_own_table() -> None:
+    wrapper = ServedDecodeWrapper(WORKSPACE)
+    its_updater = updater(_DecodePageTable)
+    fill(its_updater, wrapper, Untouchable(), kv_indptr=torch.zeros(9, dtype=torch.int32))
+    assert wrapper._paged_kv_indptr_buf.tolist() == [0, 3, 4, 11]
+    assert slots(wrapper) == expected()
+    assert wrapper.kernel_choice.kernel == "reference"
+
+
+@pytest.mark.parametrize("lengths_on_host", [True, False])
+def test_window_pools_slots_are_translated(lengths_on_host: bool) -> None:
+    lengths = LENGTHS if lengths_on_host else None
+    ours, sglangs = graph_wrapper(), graph_wrapper()
+    fill(updater(_DecodePageTable, WindowPool), ours, lengths, use_sliding_window_kv_pool=True)
+    fill(updater(FlashInferIndicesUpdaterDecode, WindowPool), sglangs, LENGTHS, use_sliding_window_kv_pool=True)
+    assert slots(ours) == slots(sglangs) == expected(100)
+
+
+def test_table_in_other_buffers_is_planned_for() -> None:
+    wrapper = graph_wrapper()
+    indptr = torch.tensor([0, 2, 3, 4], dtype=torch.int32)
+    indices = torch.tensor([5, 6, 7, 8], dtype=torch.int32)
+    wrapper.begin_forward(indptr, indices, torch.ones(3, dtype=torch.int32), 6, 2, 64, 1, q_data_type=torch.float32)
+    assert wrapper._paged_kv_indptr_buf.tolist() == indptr.tolist()
+    assert wrapper._paged_kv_indices_buf[:4].tolist() == indices.tolist()
+
+
+def test_graph_wrapper_that_flashinfer_serves_is_planned_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = graph_wrapper()
+    monkeypatch.setattr(
+        ServedDecodeWrapper, "kernel_choice", property(lambda self: SimpleNamespace(kernel="flashinfer"))
+    )
+    assert wrapper.begin_forward == wrapper.plan
+
+
+def backend_for_graphs() -> FiPrefetchAttnBackend:
+    backend = object.__new__(FiPrefetchAttnBackend)
+    backend._serves = True
+    backend._graph_wrappers = {}
+    backend.num_wrappers = 1
+    backend.dispatch_reason = None
+    backend.workspace_buffer = WORKSPACE
+    backend.decode_use_tensor_cores = True
+    backend._promise = SimpleNamespace(ready="page_table")
+    backend.kv_indptr = [torch.zeros(9, dtype=torch.int32)]
+    backend.kv_last_page_len = torch.ones(8, dtype=torch.int32)
+    backend.cuda_graph_kv_indices = [torch.zeros(8 * TABLE_WIDTH, dtype=torch.int32)]
+    backend.req_to_token_pool = SimpleNamespace(req_to_token=torch.zeros(6, TABLE_WIDTH))
+    return backend
+
+
+def test_second_capture_of_a_batch_size_keeps_the_first_ones_wrapper() -> None:
+    backend = backend_for_graphs()
+    first = backend._create_decode_wrappers(4, 4)
+    assert backend._create_decode_wrappers(4, 4) is first
+    assert backend._create_decode_wrappers(2, 2) is not first
+
+
+def test_graphs_table_is_as_large_as_its_batch_can_need() -> None:
+    """The prefetch policy takes the buffer's size for the most that a call may read."""
+    (wrapper,) = backend_for_graphs()._create_decode_wrappers(4, 4)
+    assert wrapper._paged_kv_indices_buf.shape == (4 * TABLE_WIDTH,)
