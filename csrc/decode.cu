@@ -135,6 +135,27 @@ Plan make_plan(int64_t rows, int device) {
   return {std::min(sms, kMaxBlocks), warps, 1};
 }
 
+/// What the Python side keeps of a plan and hands back to run().
+constexpr int kPlanNumbers = 8;
+Array<int64_t> plan_info(const Plan& plan, int64_t rows) {
+  return {plan.blocks,
+          plan.warps,
+          static_cast<int64_t>(shared_bytes(plan.warps, rows)),
+          partial_bytes(plan.blocks, rows),
+          counter_bytes(plan.blocks),
+          rows,
+          plan.min_tiles_per_warp,
+          AnyTraits::kStages};
+}
+
+void check_batch_size(int64_t batch_size, int64_t warps) {
+  FI_PREFETCH_CHECK(batch_size <= 1 << 20 && RequestScan::shared_bytes(batch_size) <=
+                                                 warps * SharedMemory<AnyTraits>::kRingBytes,
+                    ValueError)
+      << "batch_size: " << batch_size << " requests are more than the shared memory of a block of " << warps
+      << " warps holds";
+}
+
 void check_head_dim(int64_t head_dim_qk, int64_t head_dim_vo) {
   FI_PREFETCH_CHECK(head_dim_qk == FI_PREFETCH_HEAD_DIM && head_dim_vo == FI_PREFETCH_HEAD_DIM, ValueError)
       << "head_dim: this module was compiled for " << FI_PREFETCH_HEAD_DIM << ", got " << head_dim_qk << " and "
@@ -144,10 +165,10 @@ void check_head_dim(int64_t head_dim_qk, int64_t head_dim_vo) {
 /// FlashInfer's plan. Touches no tensor's contents and copies nothing: the schedule is made on the device, in run().
 /// `num_qo_heads` counts query rows: query heads times query tokens per request.
 /// Returns [blocks, warps a block, shared-memory bytes, float workspace bytes, counter bytes, query rows per kv head,
-/// fewest tiles a warp].
-Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorView, int64_t, int64_t num_qo_heads,
-                    int64_t num_kv_heads, int64_t, bool, int64_t window_left, double logits_soft_cap,
-                    int64_t head_dim_qk, int64_t head_dim_vo, TensorView, TensorView) {
+/// fewest tiles a warp, tiles a warp's ring holds].
+Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorView, int64_t batch_size,
+                    int64_t num_qo_heads, int64_t num_kv_heads, int64_t, bool, int64_t window_left,
+                    double logits_soft_cap, int64_t head_dim_qk, int64_t head_dim_vo, TensorView, TensorView) {
   check_head_dim(head_dim_qk, head_dim_vo);
   FI_PREFETCH_CHECK((window_left >= 0) == kWindow && (logits_soft_cap > 0) == kSoftCap, ValueError)
       << "window_left, logits_soft_cap: this module was compiled " << (kWindow ? "with" : "without")
@@ -155,23 +176,23 @@ Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorVi
       << logits_soft_cap;
   const int64_t rows = row_count(num_qo_heads, num_kv_heads);
   const Plan made = make_plan(rows, float_workspace.device().device_id);
-  return {made.blocks, made.warps, static_cast<int64_t>(shared_bytes(made.warps, rows)),
-          partial_bytes(made.blocks, rows), counter_bytes(made.blocks), rows, made.min_tiles_per_warp};
+  check_batch_size(batch_size, made.warps);
+  return plan_info(made, rows);
 }
 
 /// The plan with another grid: what a tuner found, or tries. At most as many warps a block as plan() said.
-Array<int64_t> adjust_plan(Array<int64_t> plan_info, int64_t blocks, int64_t warps, int64_t min_tiles_per_warp) {
-  FI_PREFETCH_CHECK(plan_info.size() == 7, ValueError)
-      << "plan_info: expected the 7 numbers that plan() returned, got " << plan_info.size();
+Array<int64_t> adjust_plan(Array<int64_t> info, int64_t batch_size, int64_t blocks, int64_t warps,
+                           int64_t min_tiles_per_warp) {
+  FI_PREFETCH_CHECK(info.size() == kPlanNumbers, ValueError)
+      << "plan_info: expected the " << kPlanNumbers << " numbers that plan() returned, got " << info.size();
   FI_PREFETCH_CHECK(blocks >= 1 && blocks <= kMaxBlocks, ValueError)
       << "blocks: expected 1 to " << kMaxBlocks << ", got " << blocks;
-  FI_PREFETCH_CHECK(warps >= 1 && warps <= plan_info[1], ValueError)
-      << "warps: expected 1 to " << plan_info[1] << ", got " << warps;
+  FI_PREFETCH_CHECK(warps >= 1 && warps <= info[1], ValueError)
+      << "warps: expected 1 to " << info[1] << ", got " << warps;
   FI_PREFETCH_CHECK(min_tiles_per_warp >= 1 && min_tiles_per_warp <= kMostMinTiles, ValueError)
       << "min_tiles_per_warp: expected 1 to " << kMostMinTiles << ", got " << min_tiles_per_warp;
-  const int64_t rows = plan_info[5];
-  return {blocks, warps, static_cast<int64_t>(shared_bytes(warps, rows)), partial_bytes(blocks, rows),
-          counter_bytes(blocks), rows, min_tiles_per_warp};
+  check_batch_size(batch_size, warps);
+  return plan_info({blocks, warps, min_tiles_per_warp}, info[5]);
 }
 
 /// FlashInfer's workspace_size: [float workspace bytes, int workspace bytes].
@@ -184,10 +205,10 @@ Array<int64_t> workspace_size(TensorView device_buffer, TensorView, int64_t, int
   return {partial_bytes(made.blocks, rows), counter_bytes(made.blocks)};
 }
 
-Plan read_plan(const Array<int64_t>& plan_info, int64_t rows, int device) {
-  FI_PREFETCH_CHECK(plan_info.size() == 7, ValueError)
-      << "plan_info: expected the 7 numbers that plan() returned, got " << plan_info.size();
-  const Plan made{plan_info[0], plan_info[1], plan_info[6]};
+Plan read_plan(const Array<int64_t>& info, int64_t rows, int device) {
+  FI_PREFETCH_CHECK(info.size() == kPlanNumbers, ValueError)
+      << "plan_info: expected the " << kPlanNumbers << " numbers that plan() returned, got " << info.size();
+  const Plan made{info[0], info[1], info[6]};
   const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   FI_PREFETCH_CHECK(made.blocks >= 1 && made.blocks <= kMaxBlocks && made.warps >= 1 && made.warps <= kMaxWarps &&
                         made.min_tiles_per_warp >= 1 && made.min_tiles_per_warp <= kMostMinTiles &&
@@ -322,7 +343,7 @@ void launch(const Launch& l, int device, const Params&... params) {
 
 /// FlashInfer's run up to enable_pdl; then what this kernel takes besides. `counters`: int32, zero before the first run,
 /// one buffer per stream of calls; every run leaves it zero. `prefetch`: the fields of PrefetchLevers.
-void run(TensorView float_workspace, TensorView counters, Array<int64_t> plan_info, TensorView q, TensorView k,
+void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, TensorView q, TensorView k,
          TensorView v, TensorView indptr, TensorView indices, TensorView last_page_len, TensorView o,
          Optional<TensorView> maybe_lse, int64_t kv_layout_code, int64_t window_left, bool enable_pdl,
          Optional<TensorView> maybe_sinks, double logits_soft_cap, double sm_scale, double v_scale, int64_t q_len,
@@ -393,11 +414,9 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> plan_in
   p.levers = {lever(0, 1 << 16), lever(1, 1 << 16), lever(2, 1), lever(3, 2), lever(4, 1)};
 
   if (batch_size == 0) return;
-  const Plan made = read_plan(plan_info, rows, device.device_id);
+  const Plan made = read_plan(info, rows, device.device_id);
   p.min_tiles_per_warp = made.min_tiles_per_warp;
-  FI_PREFETCH_CHECK(RequestScan::shared_bytes(batch_size) <= made.warps * SharedMemory<AnyTraits>::kRingBytes,
-                    ValueError)
-      << "paged_kv_last_page_len: " << batch_size << " requests are more than this kernel's shared memory holds";
+  check_batch_size(batch_size, made.warps);
   const auto bytes_of = [](const TensorView& x) { return x.numel() * ((x.dtype().bits * x.dtype().lanes + 7) / 8); };
   const auto same_device = [&](const TensorView& x) {
     return x.device().device_type == device.device_type && x.device().device_id == device.device_id;
@@ -423,7 +442,7 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> plan_in
 }
 
 /// Brings up to `budget_bytes` of what a run() with this plan reads first into L2, with `num_blocks` blocks.
-void prefetch_kv(Array<int64_t> plan_info, TensorView k, TensorView v, TensorView indptr, TensorView indices,
+void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView indptr, TensorView indices,
                  TensorView last_page_len, int64_t kv_layout_code, int64_t window_left, int64_t q_len,
                  int64_t budget_bytes, int64_t num_blocks, bool evict_last) {
   DecodeParams p{};
@@ -435,13 +454,12 @@ void prefetch_kv(Array<int64_t> plan_info, TensorView k, TensorView v, TensorVie
       << "num_blocks: expected 1 to " << kMaxBlocks << ", got " << num_blocks;
   p.q_len = q_len;
   p.window_left = std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max() / 2);
-  const Plan made = read_plan(plan_info, 1, device.device_id);
+  const Plan made = read_plan(info, 1, device.device_id);
   p.min_tiles_per_warp = made.min_tiles_per_warp;
   const int64_t tiles = budget_bytes / (made.blocks * made.warps * AnyTraits::kStageBytes);
   if (tiles <= 0 || p.table.batch_size == 0) return;
+  check_batch_size(p.table.batch_size, made.warps);
   const uint32_t shared = RequestScan::shared_bytes(p.table.batch_size);
-  FI_PREFETCH_CHECK(shared <= made.warps * SharedMemory<AnyTraits>::kRingBytes, ValueError)
-      << "paged_kv_last_page_len: " << p.table.batch_size << " requests are more than shared memory holds";
   const PrefetchKvParams window{static_cast<uint32_t>(made.blocks), static_cast<uint32_t>(made.warps),
                                 static_cast<uint32_t>(std::min<int64_t>(tiles, 1 << 24)), evict_last};
   tvm::ffi::CUDADeviceGuard guard(device.device_id);

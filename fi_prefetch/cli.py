@@ -523,6 +523,39 @@ def _print_estimate(shapes: Sequence[Any], gpu: str) -> None:
 
 
 @main.command()
+@click.option("--resume", is_flag=True, help="Go on where an earlier run on this GPU and commit stopped.")
+@click.option("--budget-seconds", type=float, help="Stop in time; --resume goes on.")
+def tune(resume: bool, budget_seconds: float | None) -> None:
+    """Find the grids that suit this GPU, and use them from now on."""
+    require_gpu()
+    from . import tune as grids
+    from .bench import runner, tuning
+    from .bench.environment import require_gpu as gpu_facts
+
+    facts = gpu_facts()
+    path = grids.tuned_file(facts.key)
+    job = runner.Job("tuning", tuning.specs(), budget_seconds=budget_seconds)
+    content = _run_job(job, path.with_suffix(".measured.json"), resume)
+    if not content["complete"]:
+        raise click.ClickException("not complete: run it again with --resume")
+    try:
+        rules = tuning.rules(content["rows"])
+    except ValueError as error:
+        raise click.ClickException(f"nothing could be measured: {error}") from error
+    grids.write_rules(path, rules, gpu=facts.name, version=__version__)
+    rows = [
+        (
+            "any" if rule.kv_bytes is None else f"up to {rule.kv_bytes >> 20} MB",
+            str(rule.grid.warps),
+            str(rule.grid.blocks_per_sm),
+            str(rule.grid.min_tiles_per_warp),
+        )
+        for rule in rules
+    ]
+    console.print(table_of(str(path), ("KV a call", "warps", "blocks an SM", "least tiles a warp"), rows))
+
+
+@main.command()
 @click.argument("before", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("after", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare(before: Path, after: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from . import device, dispatch, jit
+from . import device, dispatch, jit, tune
 from .dispatch import DecodeSpec, KernelChoice
 
 _TILE_TOKENS = 16
+_MOST_BLOCKS = 1024  # that the kernel's merge takes
 # Our module's plan does not read the page table, which may not be on the host.
 _NO_INDPTR = torch.empty(0, dtype=torch.int32)
 
@@ -24,14 +25,16 @@ class Decision:
     Attributes:
         spec: what was planned; None before the first plan.
         choice: the kernel and the reason.
+        kv_bytes: upper bound of the KV that a call reads; None where nobody knows, as in a CUDA graph.
         module: our compiled module; None where another serves.
-        plan_info: what its plan returned, and its run wants back.
+        plan_info: what its plan returned, on the grid in use; its run wants it back.
         blocks, warps: the launch; `stages`: tiles in a warp's pipeline; `tile_bytes`: K and V of a tile.
         partial_bytes: needed of the float workspace; `counter_bytes`: of the counters.
     """
 
     spec: DecodeSpec
     choice: KernelChoice
+    kv_bytes: int | None = None
     module: Any = None
     plan_info: Any = None
     blocks: int = 0
@@ -54,24 +57,46 @@ def kernel_for(spec: DecodeSpec, where: torch.device) -> tuple[KernelChoice, Any
 
 
 def decide(
-    spec: DecodeSpec, float_workspace: torch.Tensor, int_workspace: torch.Tensor, pinned_workspace: torch.Tensor
-) -> Decision:
-    """Who serves a spec with these workspaces, on their device."""
+    spec: DecodeSpec, kv_bytes: int | None, float_workspace: torch.Tensor, int_workspace: torch.Tensor,
+    pinned_workspace: torch.Tensor,
+) -> Decision:  # fmt: skip
+    """Who serves a spec with these workspaces, on their device.
+
+    Args:
+        kv_bytes: upper bound of the KV that a call reads; None where nobody knows, as in a CUDA graph.
+    """
     choice, module = kernel_for(spec, float_workspace.device)
     if module is None:
-        return Decision(spec, choice)
+        return Decision(spec, choice, kv_bytes)
+    workspaces = (float_workspace, int_workspace, pinned_workspace)
     try:
         with on_device(float_workspace.device):
-            plan_info = module.plan(float_workspace, int_workspace, pinned_workspace, _NO_INDPTR, *_shape(spec))
+            plan_info = module.plan(*workspaces, _NO_INDPTR, *_shape(spec))
     except (RuntimeError, ValueError) as error:
-        return Decision(spec, KernelChoice("flashinfer", f"our kernel's plan failed: {error}"))
-    blocks, warps, shared_bytes, partial_bytes, counter_bytes = (int(number) for number in list(plan_info)[:5])
-    choice = dispatch.check_workspace(choice, partial_bytes, float_workspace.numel() * float_workspace.element_size())
+        return Decision(spec, KernelChoice("flashinfer", f"our kernel's plan failed: {error}"), kv_bytes)
+    size = float_workspace.numel() * float_workspace.element_size()
+    choice = dispatch.check_workspace(choice, int(plan_info[3]), size)
     if choice.kernel != "fi_prefetch":
-        return Decision(spec, choice)
+        return Decision(spec, choice, kv_bytes)
+    tuned = _on_tuned_grid(module, plan_info, spec, kv_bytes, device.facts(float_workspace.device))
+    if int(tuned[3]) <= size:
+        plan_info = tuned
+    blocks, warps, _, partial_bytes, counter_bytes, _, _, stages = (int(number) for number in list(plan_info))
     tile_bytes = 2 * _TILE_TOKENS * spec.head_dim * spec.dtype_kv.itemsize
-    stages = shared_bytes // max(1, warps * tile_bytes)
-    return Decision(spec, choice, module, plan_info, blocks, warps, stages, tile_bytes, partial_bytes, counter_bytes)
+    return Decision(
+        spec, choice, kv_bytes, module, plan_info, blocks, warps, stages, tile_bytes, partial_bytes, counter_bytes
+    )
+
+
+def _on_tuned_grid(module: Any, plan_info: Any, spec: DecodeSpec, kv_bytes: int | None, facts: device.GpuFacts) -> Any:
+    """The plan with the grid that suits a call of this size on this GPU; the plan itself where the kernel refuses."""
+    grid = tune.grid_for(tune.rules_for(facts.key), kv_bytes)
+    blocks = min(facts.sm_count * grid.blocks_per_sm, _MOST_BLOCKS)
+    warps = min(grid.warps, int(plan_info[1]))
+    try:
+        return module.adjust_plan(plan_info, spec.batch_size, blocks, warps, grid.min_tiles_per_warp)
+    except ValueError:  # a batch too large for so few warps
+        return plan_info
 
 
 def workspace_size(spec: DecodeSpec, module: Any, float_workspace: torch.Tensor) -> tuple[int, int]:

@@ -107,12 +107,11 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         self._check_contents = self.device.type == "cpu" or os.environ.get("FI_PREFETCH_CHECK") == "1"
         self._decision = _NOT_PLANNED
         # A server comes back to the same few hundred shapes.
-        self._decisions: dict[DecodeSpec, Decision] = {}
+        self._decisions: dict[tuple[DecodeSpec, int | None], Decision] = {}
         self._choice = _NOT_PLANNED.choice
         self._module = PlannedModule(self)
         # The wrapper's own, zero between launches. Kept when outgrown: captured graphs go on using theirs.
         self._counters: list[torch.Tensor] = []
-        self._kv_bytes = 0
         self._prefetch_codes: dict[bool, list[int]] = {}
         # What FlashInfer itself is planned for; whether it is its code that asks; whether its backend was our pick.
         self._flashinfer_spec: DecodeSpec | None = None
@@ -185,7 +184,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             warps=decision.warps,
             stages=decision.stages,
             tile_bytes=decision.tile_bytes,
-            kv_bytes=self._kv_bytes,
+            kv_bytes=decision.kv_bytes,
             l2_bytes=facts.l2_bytes,
             sm_count=facts.sm_count,
             ready=self._ready,
@@ -250,7 +249,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         if self._check_contents:
             checks.page_table(indptr, indices, last_page_len, page_size, None)
         scales = {"sm_scale": sm_scale, "rope_scale": rope_scale, "rope_theta": rope_theta}
-        decision = self._decision_for(spec)
+        decision = self._decision_for(spec, self._kv_bytes(spec, indices.shape[0]))
         self._only_for_flashinfer = {"block_tables": block_tables, "seq_lens": seq_lens}
         if decision.choice.kernel == "flashinfer":
             self._adopt(decision)
@@ -259,7 +258,6 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         # What can fail comes first, so that a plan that fails leaves the one before it whole.
         self._set_page_table(indptr, indices, last_page_len, non_blocking)
         self._adopt(decision)
-        self._set_kv_bytes(spec, indices.shape[0])
         self._set_plan_attributes(block_tables, **scales)
 
     begin_forward = plan
@@ -325,23 +323,22 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
                 f"paged_kv_indices_buffer, got {indices.shape[0]}"
             )
 
-    def _decision_for(self, spec: DecodeSpec) -> Decision:
+    def _decision_for(self, spec: DecodeSpec, kv_bytes: int | None) -> Decision:
         """Who serves a spec, with everything ready that a launch needs; changes nothing of the current plan.
 
         Raises NotImplementedError where nobody does.
         """
-        decision = self._decisions.get(spec)
+        decision = self._decisions.get((spec, kv_bytes))
         if decision is not None:
             return decision
-        decision = decide(
-            spec, self._float_workspace_buffer, self._int_workspace_buffer, self._pin_memory_int_workspace_buffer
-        )
+        workspaces = (self._float_workspace_buffer, self._int_workspace_buffer, self._pin_memory_int_workspace_buffer)
+        decision = decide(spec, kv_bytes, *workspaces)
         if decision.choice.kernel == "none":
             raise NotImplementedError(f"plan: {decision.choice.reason}")
         self._reserve_counters(decision.counter_bytes)
         if len(self._decisions) >= _MAX_DECISIONS:
             self._decisions.clear()
-        self._decisions[spec] = decision
+        self._decisions[spec, kv_bytes] = decision
         return decision
 
     def _adopt(self, decision: Decision) -> None:
@@ -355,14 +352,14 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         if decision.choice.kernel == "flashinfer":
             _log_fallback(decision.choice.reason)
 
-    def _set_kv_bytes(self, spec: DecodeSpec, num_pages: int) -> None:
-        """An upper bound of the KV that the batch reads, from one of its pages."""
+    def _kv_bytes(self, spec: DecodeSpec, num_pages: int) -> int | None:
+        """An upper bound of the KV that the batch reads, from one of its pages; None in a graph, which is replayed on
+        other batches than the one it was planned for."""
+        if self._use_cuda_graph:
+            return None
         kv_bytes = 2 * num_pages * spec.page_size * spec.num_kv_heads * spec.head_dim * spec.dtype_kv.itemsize
-        # A power of two, so that a growing batch changes the prefetch plan once in a while and not every step.
-        kv_bytes = 1 << (kv_bytes - 1).bit_length() if kv_bytes else 0
-        if kv_bytes != self._kv_bytes:
-            self._kv_bytes = kv_bytes
-            self._prefetch_codes = {}
+        # A power of two, so that a growing batch changes the launch once in a while and not every step.
+        return 1 << (kv_bytes - 1).bit_length() if kv_bytes else 0
 
     def _reserve_counters(self, num_bytes: int) -> None:
         """Zeroed counters for a launch; the kernel leaves them zero."""
@@ -426,13 +423,13 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         for name, tensor in zip(("indptr", "indices", "last_page_len"), table, strict=True):
             if tensor.device != self.device:
                 raise ValueError(f"{name}: expected device {self.device}, got {tensor.device}")
-        decision = self._decision_for(spec)
+        num_pages = int(indptr_host[-1]) if indptr_host.device.type == "cpu" else table[1].shape[0]
+        decision = self._decision_for(spec, self._kv_bytes(spec, num_pages))
         self._adopt(decision)
         self._only_for_flashinfer = {}
         if decision.choice.kernel == "flashinfer":
             self._plan_with_flashinfer(spec, indptr_host, *table[1:], **self._scales())
         else:
-            self._set_kv_bytes(spec, int(indptr_host[-1]) if indptr_host.device.type == "cpu" else table[1].shape[0])
             self._set_plan_attributes(None, **self._scales())
         return self._plan_info
 
@@ -653,7 +650,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         checks.integer("window_left", now[0], -1)
         checks.one_of("pos_encoding_mode", now[2], checks.POS_ENCODING_MODES)
         decision = self._decision_for(
-            spec._replace(window_left=now[0], logits_soft_cap=now[1], pos_encoding_mode=now[2])
+            spec._replace(window_left=now[0], logits_soft_cap=now[1], pos_encoding_mode=now[2]), self._decision.kv_bytes
         )
         # FlashInfer may have to serve this one call, but the plan remains ours.
         if decision.choice.kernel != "flashinfer":

@@ -29,6 +29,7 @@ LAUNCH_FILES = tuple(
         "planned_module",
         "prefetch",
         "torch_op",
+        "tune",
         "window",
     )
 )

@@ -139,7 +139,7 @@ class LaunchFacts(NamedTuple):
         blocks, warps: thread blocks, and warps in each.
         stages: tiles a warp's shared-memory pipeline holds.
         tile_bytes: K and V of one tile (16 tokens of one kv head).
-        kv_bytes: upper bound of the KV the call reads.
+        kv_bytes: upper bound of the KV the call reads; None where nobody knows, as in a CUDA graph.
         l2_bytes, sm_count: of the GPU.
         ready: what the wrapper's user promises is final when the kernel starts.
     """
@@ -148,7 +148,7 @@ class LaunchFacts(NamedTuple):
     warps: int
     stages: int
     tile_bytes: int
-    kv_bytes: int
+    kv_bytes: int | None
     l2_bytes: int
     sm_count: int
     ready: str = "nothing"
@@ -199,10 +199,14 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
     budget = budget_bytes(policy.l2_budget, facts.l2_bytes)
     tile_of_every_warp = facts.blocks * facts.warps * facts.tile_bytes
     affordable = budget // tile_of_every_warp if tile_of_every_warp else 0
-    tiles_per_warp = -(-facts.kv_bytes // tile_of_every_warp) if tile_of_every_warp else 0
+    tiles_per_warp = affordable + facts.stages  # as good as any number
+    if facts.kv_bytes is not None:
+        tiles_per_warp = -(-facts.kv_bytes // tile_of_every_warp) if tile_of_every_warp else 0
     warps_per_sm = facts.warps * -(-facts.blocks // facts.sm_count)
     in_flight = warps_per_sm * facts.stages * facts.tile_bytes
-    limits = f"budget {budget / MIB:.2f} MiB is {affordable} tiles a warp; a warp reads at most {tiles_per_warp}"
+    limits = f"budget {budget / MIB:.2f} MiB is {affordable} tiles a warp"
+    if facts.kv_bytes is not None:
+        limits += f"; a warp reads at most {tiles_per_warp}"
 
     asked, why = _asked_prologue(policy, facts, pdl)
     prologue = min(asked, affordable, tiles_per_warp)
@@ -215,9 +219,11 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
     early_load = policy.early_load and pdl and facts.ready == "all_but_last_token"
     reasons.append(f"early load {'on' if early_load else 'off'}: {_why_early_load(policy, facts, pdl)}")
 
-    streaming = facts.kv_bytes > facts.l2_bytes if policy.streaming_hint == "auto" else policy.streaming_hint
-    kv, l2 = f"{facts.kv_bytes / MIB:.1f} MiB of KV", f"{facts.l2_bytes / MIB:.0f} MiB of L2"
-    why = f"{kv}, {l2}" if policy.streaming_hint == "auto" else "the policy says so"
+    streaming = policy.streaming_hint
+    why = "the policy says so"
+    if streaming == "auto":
+        streaming = facts.kv_bytes is not None and facts.kv_bytes > facts.l2_bytes
+        why = f"{_kv_text(facts)}, {facts.l2_bytes / MIB:.0f} MiB of L2"
     reasons.append(f"streaming hint {'on' if streaming else 'off'}: {why}")
 
     return PrefetchPlan(
@@ -235,12 +241,18 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
     )
 
 
+def _kv_text(facts: LaunchFacts) -> str:
+    return "unknown KV" if facts.kv_bytes is None else f"{facts.kv_bytes / MIB:.1f} MiB of KV"
+
+
 def _asked_prologue(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> tuple[int, str]:
     if not pdl:
         return 0, "without programmatic dependent launch there is no wait to prefetch before"
     if policy.prologue != "auto":
         return policy.prologue, "the policy says so"
-    kv = f"{facts.kv_bytes / MIB:.1f} MiB of KV"
+    if facts.kv_bytes is None:
+        return PROLOGUE_TILES, "a CUDA graph may be replayed on little KV, where the first tiles' latency shows"
+    kv = _kv_text(facts)
     if facts.kv_bytes > PROLOGUE_KV_BYTES:
         return 0, f"{kv} is over {PROLOGUE_KV_BYTES // MIB} MiB, the first tiles' latency is a small part"
     return PROLOGUE_TILES, f"{kv} is at most {PROLOGUE_KV_BYTES // MIB} MiB, the first tiles' latency shows"

@@ -12,12 +12,12 @@ from fi_prefetch.device import GpuFacts, describe
 from fi_prefetch.dispatch import DecodeSpec, KernelChoice
 from fi_prefetch.prefetch import LaunchFacts, PrefetchPlan, PrefetchPolicy, resolve
 from fi_prefetch.schedule import Schedule
+from fi_prefetch.tune import grid_for, rules_for
 
 from .estimate import GPUS
 from .shapes import Shape
 
-# The launch that the kernel's plan() makes on Hopper; the GPU's own answer replaces it where there is one.
-WARPS = 8
+# What csrc/decode.cu gives a warp's pipeline; the GPU's own answer replaces it where there is one.
 RING_BYTES = 24 << 10
 TILE_TOKENS = 16
 HOPPER_SM_COUNT = {"h100": 132, "h200": 132, "h20": 78}
@@ -82,13 +82,15 @@ def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -
         page_size=shape.page_size,
     )
     choice = dispatch.choose(spec, facts)
-    schedule = Schedule(shape.lengths, shape.heads_kv, blocks=facts.sm_count, warps=WARPS)
+    grid = grid_for(rules_for(facts.key), shape.kv_bytes)
+    blocks, warps = facts.sm_count * grid.blocks_per_sm, grid.warps
+    schedule = Schedule(shape.lengths, shape.heads_kv, blocks, warps, grid.min_tiles_per_warp)
     if choice.kernel != "fi_prefetch":
         return Explanation(choice, schedule, None, assumed=True)
     tile_bytes = TILE_TOKENS * shape.token_bytes // shape.heads_kv
     launch = LaunchFacts(
-        blocks=facts.sm_count,
-        warps=WARPS,
+        blocks=blocks,
+        warps=warps,
         stages=min(max(RING_BYTES // tile_bytes, 3), 8),
         tile_bytes=tile_bytes,
         kv_bytes=shape.kv_bytes,

@@ -165,9 +165,7 @@ def _run_worker(
                 pass  # it has ended; its exit code says how
 
         ceiling = result.header.get("read_ceiling_gbs")
-        tell(
-            {"kind": job.kind, "specs": job.specs, "options": job.options, "skip": skip, "read_ceiling_gbs": ceiling}
-        )
+        tell({"kind": job.kind, "specs": job.specs, "options": job.options, "skip": skip, "read_ceiling_gbs": ceiling})
         end = _follow(job, result, events, deadline, progress, tell)
         if end.out_of_time or end.reason:  # it stalls, or its device is dead: it may never end by itself
             process.kill()

@@ -34,6 +34,7 @@ KINDS = {
     "window": "fi_prefetch.bench.window",
     "map": "fi_prefetch.bench.paper",
     "plan_time": "fi_prefetch.bench.plan_time",
+    "tuning": "fi_prefetch.bench.tuning",
 }
 MEMORY_SHARE = 0.7
 # An output further from the truth than this is wrong, and its time says nothing: far above what rounding does.

@@ -73,13 +73,77 @@ def find_smollm2() -> Path:
 def write_smollm2(folder: Path) -> Path:
     """Writes SmolLM2-135M-Instruct with its tokenizer as a bfloat16 checkpoint into folder/SMOLLM2; that folder."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from gguf import GGUFReader, dequantize
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
 
     target = folder / SMOLLM2
     if (target / "model.safetensors").exists():
         return target
     weights = find_smollm2()
-    model = AutoModelForCausalLM.from_pretrained(str(weights.parent), gguf_file=weights.name, dtype=torch.bfloat16)
-    model.save_pretrained(str(target))
+    reader = GGUFReader(weights)
+    config = _llama_config(reader)
+    tensors = {}
+    for tensor in reader.tensors:
+        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).float()
+        name, heads = _llama_name(tensor.name, config)
+        tensors[name] = (_halves(values, heads) if heads else values).to(torch.bfloat16).contiguous()
+    config["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    target.mkdir(parents=True, exist_ok=True)
     AutoTokenizer.from_pretrained(str(weights.parent), gguf_file=weights.name).save_pretrained(str(target))
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def _llama_config(reader: Any) -> dict[str, Any]:
+    """The config.json that a Llama's GGUF file stands for."""
+
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        return None if field is None else field.contents()
+
+    hidden, heads = value("llama.embedding_length"), value("llama.attention.head_count")
+    return _LLAMA | {
+        "hidden_size": hidden,
+        "intermediate_size": value("llama.feed_forward_length"),
+        "num_hidden_layers": value("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("llama.attention.head_count_kv"),
+        "head_dim": hidden // heads,
+        "vocab_size": value("llama.vocab_size") or len(value("tokenizer.ggml.tokens")),
+        "max_position_embeddings": value("llama.context_length"),
+        "rms_norm_eps": value("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": value("llama.rope.freq_base"),
+        "bos_token_id": value("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": value("tokenizer.ggml.eos_token_id"),
+    }
+
+
+_IN_LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def _llama_name(name: str, config: dict[str, Any]) -> tuple[str, int]:
+    """A GGUF tensor's name in a checkpoint; with it the heads whose rows GGUF has in another order, 0 for none."""
+    parts = name.split(".")
+    if parts[0] != "blk":
+        return f"{_OUTSIDE[parts[0]]}.weight", 0
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}.get(parts[2], 0)
+    return f"model.layers.{parts[1]}.{_IN_LAYER[parts[2]]}.weight", heads
+
+
+def _halves(weight: Any, heads: int) -> Any:
+    """Rows of each head from GGUF's order, rotary pairs side by side, to a checkpoint's, one half after the other."""
+    rows = weight.shape[0]
+    return weight.reshape(heads, rows // heads // 2, 2, -1).transpose(1, 2).reshape(weight.shape)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fi_prefetch import gpu_check
-from fi_prefetch.bench import demo, estimate, explain, profile, report, runner
+from fi_prefetch.bench import demo, estimate, explain, profile, report, runner, tuning
 from fi_prefetch.bench.inputs import DecodeInputs, KvPool, pool_bytes, relative_error
 from fi_prefetch.bench.prefetch import POLICIES
 from fi_prefetch.bench.shapes import (
@@ -29,6 +29,7 @@ from fi_prefetch.bench.shapes import (
 from fi_prefetch.bench.timing import calls_per_replay, copies_needed, summarise
 from fi_prefetch.prefetch import PrefetchPolicy
 from fi_prefetch.schedule import Schedule
+from fi_prefetch.tune import CANDIDATES
 
 MiB = 1 << 20
 
@@ -96,7 +97,12 @@ def test_the_basic_grid() -> None:
     grid = basic_grid()
     assert len(set(grid)) == len(grid) == 4 * 2 * 10 + 2 * 2 * 5
     assert {shape.page_size for shape in grid} == {1, 16}
-    assert {(shape.heads_q, shape.heads_kv) for shape in grid if not shape.skewed} == {(32, 8), (32, 32), (28, 4), (8, 1)}
+    assert {(shape.heads_q, shape.heads_kv) for shape in grid if not shape.skewed} == {
+        (32, 8),
+        (32, 32),
+        (28, 4),
+        (8, 1),
+    }
     assert {(shape.heads_q, shape.heads_kv) for shape in grid if shape.skewed} == {(32, 8), (8, 1)}
     assert min(shape.kv_bytes for shape in grid) == MiB
     assert max(shape.kv_bytes for shape in grid) == 8 << 30
@@ -205,7 +211,14 @@ def test_a_pool_holds_what_its_shapes_rotate_over() -> None:
 
 # ---- result files --------------------------------------------------------------------------------------------------
 
-HEADER = {"gpu": "NVIDIA H200", "driver": "1", "torch": "2", "flashinfer": "0", "commit": "c", "read_ceiling_gbs": 4500.0}
+HEADER = {
+    "gpu": "NVIDIA H200",
+    "driver": "1",
+    "torch": "2",
+    "flashinfer": "0",
+    "commit": "c",
+    "read_ceiling_gbs": 4500.0,
+}
 WORKER = """
 import json, os, sys, time
 job = json.loads(sys.stdin.readline())
@@ -385,7 +398,10 @@ def test_two_runs_are_compared_within_their_noise() -> None:
     before = {"rows": [row_of(SMALL, 10.0, 0.01), row_of(LARGE, 10.0, 0.2), row_of(SKEWED_FP8, None)]}
     after = {"rows": [row_of(LARGE, 9.0), row_of(SMALL, 8.0), row_of(SKEWED_FP8, 1.0)]}
     changes = report.compare(before, after)
-    assert [(c.label, c.verdict, c.band) for c in changes] == [(SMALL.label, "faster", 0.02), (LARGE.label, "same", 0.2)]
+    assert [(c.label, c.verdict, c.band) for c in changes] == [
+        (SMALL.label, "faster", 0.02),
+        (LARGE.label, "same", 0.2),
+    ]
     assert changes[0].factor == pytest.approx(1.25)
     assert report.compare(after, before)[1].verdict == "slower"
 
@@ -410,7 +426,12 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
 
 def test_the_prediction_is_near_what_it_was_made_from() -> None:
     """Measured on an H200 in us: an untuned kernel of our kind, and FlashInfer's fa2."""
-    for lens, ours, theirs in (("1x2K", 7.2, 12.0), ("8x1K", 12.4, 18.9), ("64x2K", 132.0, 142.2), ("128x4K", 511.0, 514.0)):
+    for lens, ours, theirs in (
+        ("1x2K", 7.2, 12.0),
+        ("8x1K", 12.4, 18.9),
+        ("64x2K", 132.0, 142.2),
+        ("128x4K", 511.0, 514.0),
+    ):
         found = estimate.estimate(Shape(32, 8, 1, parse_lens(lens)), "h200")
         assert found.fi_prefetch_us == pytest.approx(ours, rel=0.06)
         assert found.flashinfer_us == pytest.approx(theirs, rel=0.06)
@@ -540,3 +561,29 @@ def test_sanitizer_summaries_are_counted(tool: str, summary: str, failed: int) -
 def test_a_sanitizer_that_did_not_get_to_its_end_is_an_error(output: str) -> None:
     with pytest.raises(gpu_check.CheckError, match="missing"):
         gpu_check.parse_sanitizer("memcheck", output)
+
+
+# ---- tuning --------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_measures_every_candidate_on_shapes_of_the_size_they_stand_for() -> None:
+    specs = tuning.specs()
+    assert {(spec["kv_bytes"], tuning.grid_of(spec)) for spec in specs} == {
+        (mebibytes * MiB, grid) for mebibytes in tuning.SIZES for grid in CANDIDATES
+    }
+    assert all(Shape.from_row(spec).kv_bytes == spec["kv_bytes"] for spec in specs)
+
+
+def test_tuned_rules_follow_the_rows_and_leave_out_grids_not_measured_everywhere() -> None:
+    small, large, broken = CANDIDATES[0], CANDIDATES[-1], CANDIDATES[1]
+    rows = []
+    for spec in tuning.specs():
+        grid = tuning.grid_of(spec)
+        best = small if spec["kv_bytes"] <= 64 * MiB else large
+        if grid == broken and spec["heads_kv"] == 8:
+            continue
+        rows.append({**spec, "us": 1.0 if grid == broken else 5.0 if grid == best else 9.0})
+    found = tuning.rules(rows)
+    assert [(rule.kv_bytes, rule.grid) for rule in found] == [(64 * MiB, small), (None, large)]
+    with pytest.raises(ValueError):
+        tuning.rules([])

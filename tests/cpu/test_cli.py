@@ -40,7 +40,7 @@ def fail(*arguments: str) -> str:
 
 def test_help_names_every_command() -> None:
     text = succeed("--help")
-    for command in ("bench", "build", "check", "compare", "demo", "explain", "info", "profile", "report"):
+    for command in ("bench", "build", "check", "compare", "demo", "explain", "info", "profile", "report", "tune"):
         assert command in text
         assert "Usage" in succeed(command, "--help")
 
@@ -71,7 +71,9 @@ def test_the_demo_says_when_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch
     assert "No nvcc" in succeed("demo")
 
 
-@pytest.mark.parametrize("command", [("check",), ("check", "--only", "memcheck"), ("bench",), ("bench", "layer")])
+@pytest.mark.parametrize(
+    "command", [("check",), ("check", "--only", "memcheck"), ("bench",), ("bench", "layer"), ("tune",)]
+)
 def test_what_needs_a_gpu_says_so(command: tuple[str, ...]) -> None:
     assert "needs a CUDA GPU" in fail(*command)
 
@@ -205,5 +207,5 @@ def test_the_names_of_baselines_are_those_that_are_measured() -> None:
     from fi_prefetch.bench.worker import KINDS
 
     assert cli.BASELINE_NAMES == tuple(BASELINES)
-    assert cli.BENCH_KINDS == tuple(KINDS)
+    assert (*cli.BENCH_KINDS, "tuning") == tuple(KINDS)
     assert set(cli.LAYER_BASELINES) <= set(BASELINES)

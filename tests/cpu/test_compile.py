@@ -138,7 +138,9 @@ def test_the_library_loads_and_has_the_module_functions(case):
     wrong = case.variant.head_dim + 1
     window_left, soft_cap = (5 if case.variant.sliding_window else -1), (30.0 if case.variant.soft_cap else 0.0)
     numbers = (1, 4, 2, 16, False, window_left, soft_cap, wrong, wrong)
-    with pytest.raises(ValueError, match=f"head_dim: this module was compiled for {case.variant.head_dim}, got {wrong}"):
+    with pytest.raises(
+        ValueError, match=f"head_dim: this module was compiled for {case.variant.head_dim}, got {wrong}"
+    ):
         module.plan(empty, empty, empty, empty, *numbers, empty, empty)
     with pytest.raises(ValueError, match="num_qo_heads: expected at most 16 query rows per kv head, got 17"):
         module.workspace_size(empty, empty, 1, 17, 1, 16, False, -1, 0.0, *2 * [case.variant.head_dim], empty, empty)

@@ -11,7 +11,7 @@ from emulator import build as emulator
 from emulator import module as emulated_module
 
 import fi_prefetch
-from fi_prefetch import decision, device, jit, reference
+from fi_prefetch import decision, device, jit, reference, tune
 
 BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
 GPU = device.GpuFacts("emulated", "emulated", (9, 0), 5, 50 << 20, None, False)
@@ -182,8 +182,8 @@ BAD_INPUT = {
     "window not compiled in": (bad(window_left=5), ValueError, "window_left"),
     "soft cap not compiled in": (bad(soft_cap=5.0), ValueError, "logits_soft_cap"),
     "no layout": (bad(layout=2), ValueError, "kv_layout_code: expected 0"),
-    "short plan": (bad(plan_info=[1, 2]), ValueError, "plan_info: expected the 7 numbers"),
-    "plan beyond the GPU": (bad(plan_info=[5, 9, 0, 0, 0, 4, 1]), ValueError, "plan_info: 5 blocks of 9 warps"),
+    "short plan": (bad(plan_info=[1, 2]), ValueError, "plan_info: expected the 8 numbers"),
+    "plan beyond the GPU": (bad(plan_info=[5, 9, 0, 0, 0, 4, 1, 3]), ValueError, "plan_info: 5 blocks of 9 warps"),
     "levers": (bad(prefetch=[1]), ValueError, "prefetch: expected"),
     "q_len": (bad(q_len=0), ValueError, "q: expected shape"),
     "short sinks": (bad(sinks=torch.zeros(3)), ValueError, "sinks: expected at least 4"),
@@ -226,7 +226,7 @@ def test_a_workspace_that_is_too_small_goes_to_flashinfer():
     batch = make_batch([40], dtype=BF16)
     wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(1024))
     spec = wrapper._spec(torch.int32, 1, *batch.shape, "NONE", -1, None, BF16, BF16, None, None, None, False, 1, 0, None)
-    choice = decision.decide(spec, workspace(1024), torch.empty(0), torch.empty(0)).choice
+    choice = decision.decide(spec, 1 << 20, workspace(1024), torch.empty(0), torch.empty(0)).choice
     assert choice.kernel == "flashinfer" and "float workspace holds 1024 bytes" in choice.reason
 
 
@@ -235,7 +235,7 @@ def test_another_grid_gives_the_same_answer():
     module, arguments = module_arguments(problem, sm_scale=128**-0.5)
     plan = arguments[2]
     for blocks, warps, min_tiles in ((10, 4, 1), (1, 1, 1), (5, 8, 7), (40, 2, 3)):
-        arguments[2] = module.adjust_plan(plan, blocks, warps, min_tiles)
+        arguments[2] = module.adjust_plan(plan, 3, blocks, warps, min_tiles)
         arguments[1] = torch.zeros(arguments[2][4] // 4, dtype=torch.int32)
         module.run(*arguments)
         torch.testing.assert_close(arguments[9].double(), emulated.reference(problem)[0], rtol=2e-2, atol=1e-2)
@@ -245,4 +245,21 @@ def test_another_grid_gives_the_same_answer():
 def test_a_grid_beyond_the_kernel_is_refused(grid, name):
     module, arguments = module_arguments(emulated.make_problem([40], heads_q=4, heads_kv=2))
     with pytest.raises(ValueError, match=f"{name}: expected 1 to"):
-        module.adjust_plan(arguments[2], *grid)
+        module.adjust_plan(arguments[2], 1, *grid)
+
+
+def test_a_batch_whose_scan_does_not_fit_shared_memory_is_refused_when_planned():
+    module, empty = load(jit.Variant(BF16, BF16, BF16, 128, False, False)), torch.empty(0)
+    shape = (8, 2, 16, False, -1, 0.0, 128, 128, empty, empty)
+    assert list(module.plan(workspace(), empty, empty, empty, 8192, *shape))
+    with pytest.raises(ValueError, match="batch_size: 10000 requests are more"):
+        module.plan(workspace(), empty, empty, empty, 10000, *shape)
+
+
+def test_the_grid_follows_the_size_of_the_call(monkeypatch):
+    rules = (tune.Rule(1 << 16, tune.Grid(2, 1, 1)), tune.Rule(None, tune.Grid(3, 2, 1)))
+    monkeypatch.setattr(tune, "rules_for", lambda key: rules)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    for lengths, grid in (([40], (5, 2)), ([40, 700, 300], (10, 3)), ([16], (5, 2))):  # blocks, warps
+        assert_wrapper_is_right(make_batch(lengths, dtype=BF16), wrapper=wrapper)
+        assert (wrapper.prefetch_plan.facts.blocks, wrapper.prefetch_plan.facts.warps) == grid

@@ -492,7 +492,11 @@ class FakeModule:
         assert (args[13].dtype, args[14].dtype) == (self.variant.dtype_q, self.variant.dtype_kv)
         assert isinstance(graph, bool)
         tile = 2 * 16 * qk * self.variant.dtype_kv.itemsize
-        return [132, 8, 8 * 3 * tile + 512, self.partial_bytes, 3 * 132 * 4, num_qo_heads // num_kv_heads, 1]
+        return [132, 8, 8 * 3 * tile + 512, self.partial_bytes, 3 * 132 * 4, num_qo_heads // num_kv_heads, 1, 3]
+
+    def adjust_plan(self, info: list[int], batch_size: int, blocks: int, warps: int, min_tiles: int) -> list[int]:
+        assert warps <= info[1]
+        return [blocks, warps, *info[2:6], min_tiles, info[7]]
 
     def workspace_size(self, *args: Any) -> list[int]:
         self.calls.append(("workspace_size", args))
@@ -504,7 +508,7 @@ class FakeModule:
         window_left, enable_pdl, sinks, soft_cap, sm_scale, v_scale, q_len, prefetch,
     ) -> None:  # fmt: skip
         self.calls.append(("run", (enable_pdl, prefetch, counters, plan_info)))
-        assert isinstance(enable_pdl, bool) and len(prefetch) == 5 and len(plan_info) == 7
+        assert isinstance(enable_pdl, bool) and len(prefetch) == 5 and len(plan_info) == 8
         assert (window_left >= 0, soft_cap > 0) == (self.variant.sliding_window, self.variant.soft_cap)
         assert (q.dtype, k.dtype, o.dtype) == (self.variant.dtype_q, self.variant.dtype_kv, self.variant.dtype_o)
         assert counters.dtype == torch.int32 and counters.numel() >= 3 * 132 and not counters.any()
@@ -589,7 +593,7 @@ def test_gpu_arguments(gpu, make_batch, dense_decode, kv_layout, q_len, features
 
 def test_gpu_plans_once_for_the_same_shape(gpu, half_batch, make_batch):
     wrapper = planned(half_batch)
-    for lengths in ([50, 1, 1, 1], [0, 0, 0, 1]):
+    for lengths in ([50, 1, 1, 1], [0, 0, 0, 90]):
         later = make_batch(lengths, dtype=torch.bfloat16)
         wrapper.plan(*later.table, *later.shape, **later.dtypes)
         wrapper.run(later.q, later.cache)
@@ -636,7 +640,7 @@ def test_gpu_counters_are_the_wrappers_own(gpu, half_batch, monkeypatch):
     wrapper.run(half_batch.q, half_batch.cache)
     assert module.calls[-1][1][2] is first
     original = FakeModule.plan
-    monkeypatch.setattr(FakeModule, "plan", lambda self, *args: [*original(self, *args)[:4], 1 << 20, 2, 1])
+    monkeypatch.setattr(FakeModule, "plan", lambda self, *args: [*original(self, *args)[:4], 1 << 20, 2, 1, 3])
     wrapper.plan(*half_batch.table, *half_batch.shape, window_left=3, **half_batch.dtypes)
     wrapper.run(half_batch.q, half_batch.cache)
     # The old ones stay: a graph may have been captured with them.

@@ -25,6 +25,8 @@ COMMON = {
     "disable_cuda_graph": True,
     "disable_overlap_schedule": True,
     "log_level": "info",
+    # SGLang would make bfloat16 of float32 weights.
+    "dtype": "float32",
     "random_seed": 1,
 }
 

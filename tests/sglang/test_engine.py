@@ -50,7 +50,7 @@ GEMMA_BATCHES = {
     "more requests than a graph holds": {"prompts": [prompt(length) for length in (1, 31, 33, 50, 90)], "new_tokens": 8},
 }
 INTERPRETER = {"TRITON_INTERPRET": "1"}
-# Prefill by torch_native, decode by ours, from an 8-bit cache in pages of 16 tokens.
+# Prefill by torch_native, decode by ours, from an 8-bit cache in pages of 16 tokens, which SGLang allocates by Triton.
 SPLIT = {"attention_backend": "torch_native", "kv_cache_dtype": "fp8_e4m3", "page_size": 16, "max_total_tokens": 2048}
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -60,12 +60,15 @@ ENGINES: dict[str, dict[str, Any]] = {
         "arguments": {"attention_backend": "fi_prefetch_gpu_path"} | SMALL_POOL | OPTIMISTIC,
         "environment": INTERPRETER,
     },
-    "gemma2 torch_native": {"arguments": SPLIT},
+    "gemma2 torch_native": {"arguments": SPLIT, "environment": INTERPRETER},
     "gemma2 gpu path": {
         "arguments": SPLIT | {"decode_attention_backend": "fi_prefetch_gpu_path"},
         "environment": INTERPRETER,
     },
-    "gemma2 fi_prefetch": {"arguments": SPLIT | {"decode_attention_backend": "fi_prefetch"}},
+    "gemma2 fi_prefetch": {
+        "arguments": SPLIT | {"decode_attention_backend": "fi_prefetch"},
+        "environment": INTERPRETER,
+    },
 }
 BATCHES = {"llama": LLAMA_BATCHES, "gemma2": GEMMA_BATCHES}
 
