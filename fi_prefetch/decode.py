@@ -41,6 +41,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
     on the CPU) the same calls run `reference.batch_decode`; only FlashInfer 0.6's `fast_decode_plan` does not work
     there, since it makes the wrapper's device the current CUDA device.
 
+    Calls of one wrapper that overlap on two streams share its float workspace, and so must not: give each stream a
+    wrapper with a workspace of its own. Calls one after the other may change streams as FlashInfer's may.
+
     With FI_PREFETCH_CHECK=1 in the environment when the wrapper is made, plan() and run() read the page table and
     report its first bad entry. On a GPU that waits for it, so it is off by default, and run() leaves it out while a
     CUDA graph is captured. On the CPU it is always on.
@@ -110,8 +113,10 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         self._decisions: dict[tuple[DecodeSpec, int | None], Decision] = {}
         self._choice = _NOT_PLANNED.choice
         self._module = PlannedModule(self)
-        # The wrapper's own, zero between launches. Kept when outgrown: captured graphs go on using theirs.
+        # The wrapper's own, zero between launches; one buffer for every stream it ran on, and one (None) for captured
+        # graphs, so that calls that overlap cannot miscount. Kept when outgrown: captured graphs go on using theirs.
         self._counters: list[torch.Tensor] = []
+        self._counters_of: dict[int | None, torch.Tensor] = {}
         self._prefetch_codes: dict[bool, list[int]] = {}
         # What FlashInfer itself is planned for; whether it is its code that asks; whether its backend was our pick.
         self._flashinfer_spec: DecodeSpec | None = None
@@ -361,12 +366,21 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         # A power of two, so that a growing batch changes the launch once in a while and not every step.
         return 1 << (kv_bytes - 1).bit_length() if kv_bytes else 0
 
-    def _reserve_counters(self, num_bytes: int) -> None:
-        """Zeroed counters for a launch; the kernel leaves them zero."""
+    def _reserve_counters(self, num_bytes: int, stream: int | None = None) -> torch.Tensor | None:
+        """Zeroed counters for launches on a stream; the kernel leaves them zero. None where none are needed."""
         entries = -(-num_bytes // 4)
-        if entries and (not self._counters or self._counters[-1].numel() < entries):
+        counters = self._counters_of.get(stream)
+        if entries and (counters is None or counters.numel() < entries):
             size = max(1024, 1 << (entries - 1).bit_length())
-            self._counters.append(torch.zeros(size, dtype=torch.int32, device=self.device))
+            counters = self._counters_of[stream] = torch.zeros(size, dtype=torch.int32, device=self.device)
+            self._counters.append(counters)
+        return counters
+
+    def _current_stream(self) -> int | None:
+        """The current stream's handle; None on the CPU and while a graph is captured."""
+        if self.device.type != "cuda" or self._is_capturing():
+            return None
+        return torch.cuda.current_stream(self.device).cuda_stream
 
     def _set_page_table(
         self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, non_blocking: bool
@@ -609,7 +623,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
                 codes = self._prefetch_codes.get(pdl)
                 if codes is None:
                     codes = self._prefetch_codes[pdl] = self._resolve_prefetch(pdl).codes()
-                run_kernel(decision, call, self._float_workspace_buffer, self._counters[-1], pdl, codes)
+                counters = self._reserve_counters(decision.counter_bytes, self._current_stream())
+                run_kernel(decision, call, self._float_workspace_buffer, counters, pdl, codes)
         self._choice = decision.choice
         if v_number is None:
             # A scale on the GPU, or one a head: FlashInfer, too, multiplies afterwards.

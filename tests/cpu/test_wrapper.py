@@ -648,6 +648,19 @@ def test_gpu_counters_are_the_wrappers_own(gpu, half_batch, monkeypatch):
     assert wrapper._counters[0] is first
 
 
+def test_gpu_counters_are_one_buffer_a_stream(gpu, half_batch, monkeypatch):
+    """Calls that overlap on two streams must not count each other's blocks."""
+    wrapper = planned(half_batch)
+    module = only(gpu.modules)
+    used = {}
+    for stream in (7, 9, None, 7):
+        monkeypatch.setattr(type(wrapper), "_current_stream", lambda self, stream=stream: stream)
+        wrapper.run(half_batch.q, half_batch.cache)
+        counters = module.calls[-1][1][2]
+        assert used.setdefault(stream, counters) is counters
+    assert len({id(counters) for counters in used.values()}) == 3
+
+
 class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,317 @@
+#!/usr/bin/env python3
+"""Decode throughput of SGLang with our attention backend and with its own, in one run on one GPU.
+
+    python integration/sglang/bench_serving.py                            the default cases
+    python integration/sglang/bench_serving.py --cases paper --minutes 9  more of them, stopping in time
+
+Every (model, KV dtype, backend) is an engine in a process of its own; what it measured is written at once, and a second
+run measures only what the result file lacks (`--again` measures all anew). Timing, for each batch:
+
+- tokens a second: a batch of new prompts, prefill and all, to its last token;
+- ms a step: the same prompts again, now in SGLang's radix cache, with a short and with a long answer. Both pay the same
+  for what is not decoding, so their difference is decode steps alone; the least of several repeats counts;
+- attention: the time of the attention kernels in a step, from a profile of a few steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import engines  # noqa: E402
+import models  # noqa: E402
+
+RESULTS = HERE.parents[1] / "benchmarks" / "results"
+SHORT = 8
+DEFAULT_BACKENDS = ("fa3", "flashinfer", "fi_prefetch")
+# Of the GPU's memory, what weights and KV may take together; the rest is SGLang's activations and graphs.
+MEMORY_SHARE = 0.85
+
+
+class Case(NamedTuple):
+    """One batch to serve.
+
+    Attributes:
+        model: a name of models.SHAPES.
+        lengths: [prompt tokens, how many requests] pairs.
+        output: tokens to answer.
+        kv_dtype: "auto" or "fp8_e4m3".
+        tp: GPUs.
+    """
+
+    model: str
+    lengths: tuple[tuple[int, int], ...]
+    output: int
+    kv_dtype: str
+    tp: int = 1
+
+    @property
+    def batch(self) -> int:
+        return sum(count for _, count in self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        return sum((length + self.output) * count for length, count in self.lengths)
+
+    def key(self) -> dict[str, Any]:
+        """The row's own fields."""
+        uniform = len(self.lengths) == 1
+        return {
+            "model": self.model,
+            "tp": self.tp,
+            "batch": self.batch,
+            "context": self.lengths[0][0] if uniform else [list(pair) for pair in self.lengths],
+            "output": self.output,
+            "kv_dtype": self.kv_dtype,
+        }
+
+
+def uniform(
+    name: str, batches: Sequence[int], contexts: Sequence[int], output: int, dtypes: Sequence[str], tp: int = 1
+) -> list[Case]:
+    return [
+        Case(name, ((context, batch),), output, dtype, tp)
+        for dtype in dtypes
+        for context in contexts
+        for batch in batches
+    ]
+
+
+BOTH = ("auto", "fp8_e4m3")
+CASES: dict[str, list[Case]] = {
+    "default": [
+        *uniform("llama-3-8b", (1, 16, 64, 128), (512, 2048, 8192), 136, BOTH),
+        *uniform("llama-2-7b", (1, 16, 64, 128), (512, 2048, 8192), 136, BOTH),
+    ],
+    "skewed": [
+        Case("llama-3-8b", ((65536, 1), (4096, 31)), 136, dtype) for dtype in BOTH
+    ],
+    "shapes": [
+        *uniform("qwen2.5-7b", (1, 16, 64), (2048,), 136, BOTH),
+        *uniform("llama-3-70b-tp8-slice", (1, 16, 64), (2048, 8192), 136, BOTH),
+    ],
+    # Speed-up over batch and output length, 2,048 output tokens.
+    "paper": [
+        *uniform("llama-2-7b", (8, 16, 32, 64), (128,), 2048, ("auto",)),
+        *uniform("llama-2-7b", (32,), (128,), 512, ("auto",)),
+        *uniform("llama-2-7b", (32,), (128,), 1024, ("auto",)),
+        *uniform("llama-2-7b", (32,), (128,), 4096, ("auto",)),
+        *uniform("llama-3-8b", (8, 16, 32, 64), (128,), 2048, ("auto",)),
+    ],
+    "two-gpus": uniform("llama-3-8b", (64,), (128,), 4096, ("auto",), tp=2),
+}
+
+
+def fits(case: Case, memory_bytes: int) -> bool:
+    """Whether weights and KV of a case go into its GPUs."""
+    shape = models.SHAPES[case.model]
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    rows = (shape["num_attention_heads"] * 2 + shape["num_key_value_heads"] * 2) * shape["head_dim"]
+    weights = shape["num_hidden_layers"] * hidden * (rows + 3 * inner) + 2 * shape["vocab_size"] * hidden
+    kv_token = shape["num_hidden_layers"] * 2 * shape["num_key_value_heads"] * shape["head_dim"]
+    kv_size = 1 if case.kv_dtype.startswith("fp8") else 2
+    return (2 * weights + kv_token * kv_size * case.tokens) / case.tp < MEMORY_SHARE * memory_bytes
+
+
+# ---- in the process of one engine ------------------------------------------------------------------------------------
+
+
+def generate(engine: Any, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds for a batch's answers of `tokens` tokens each."""
+    sampling = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
+    began = time.perf_counter()
+    outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
+    seconds = time.perf_counter() - began
+    short = [len(output["output_ids"]) for output in outputs if len(output["output_ids"]) != tokens]
+    if short:
+        raise RuntimeError(f"{len(short)} of {len(outputs)} answers do not have {tokens} tokens: {short[:5]}")
+    return seconds
+
+
+def attention_ms(engine: Any, backend: str, prompts: list[list[int]], layers: int, tp: int) -> float | None:
+    """Milliseconds of attention kernels in a decode step; None where the profile has none that we know."""
+    steps = 16
+    with tempfile.TemporaryDirectory() as folder:
+        engine.start_profile(output_dir=folder, activities=["GPU"], with_stack=False, record_shapes=False)
+        generate(engine, prompts, steps)
+        engine.stop_profile()
+        traces = sorted(Path(folder).rglob("*.trace.json.gz"))
+        durations = [
+            event["dur"]
+            for trace in traces[:1]
+            for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+            if event.get("cat") == "kernel" and engines.ATTENTION_KERNELS[backend].search(event["name"])
+        ]
+    # The first token comes from the prefill.
+    return sum(durations) / 1000 / (steps - 1) if len(durations) >= layers * (steps - 1) else None
+
+
+def measure(engine: Any, backend: str, case: Case, repeats: int) -> dict[str, Any]:
+    """One case on one engine."""
+    shape = models.SHAPES[case.model]
+    lengths = [length for length, count in case.lengths for _ in range(count)]
+    prompts = engines.random_prompts(lengths, shape["vocab_size"], seed=hash(case.lengths) & 0xFFFF)
+    engine.flush_cache()
+    seconds = generate(engine, prompts, case.output)
+    steps = case.output - SHORT
+    short = min(generate(engine, prompts, SHORT) for _ in range(repeats))
+    long = min(generate(engine, prompts, case.output) for _ in range(repeats if case.output <= 512 else 1))
+    return {
+        "tokens_per_s": case.batch * case.output / seconds,
+        "ms_per_step": (long - short) / steps * 1000,
+        "attention_ms": attention_ms(engine, backend, prompts, shape["num_hidden_layers"], case.tp),
+    }
+
+
+def serve(asked: dict[str, Any]) -> None:
+    """Measures the cases that it is asked for; a line of JSON each on standard output."""
+    cases = [Case(*case[:1], tuple(tuple(pair) for pair in case[1]), *case[2:]) for case in asked["cases"]]
+    with tempfile.TemporaryDirectory() as folder:
+        longest = max(length + case.output for case in cases for length, _ in case.lengths)
+        engine = engines.start(
+            engines.arguments(
+                asked["backend"],
+                models.write_shape(cases[0].model, Path(folder)),
+                graph_batches=[case.batch for case in cases],
+                context_length=longest + 16,
+                kv_dtype=cases[0].kv_dtype,
+                tp=cases[0].tp,
+                max_running_requests=max(case.batch for case in cases),
+            )
+        )
+        generate(engine, [[20, 21, 22]], 16)
+        for number, case in enumerate(cases):
+            print("MEASURED", json.dumps([number, measure(engine, asked["backend"], case, asked["repeats"])]), flush=True)
+        engine.shutdown()
+
+
+# ---- the run as a whole ----------------------------------------------------------------------------------------------
+
+
+class ResultFile:
+    """benchmarks/results/<gpu>/sglang.json: a row for each case, in it a number for each backend."""
+
+    def __init__(self, path: Path, header: dict[str, Any], again: bool) -> None:
+        self.path = path
+        found = json.loads(path.read_text()) if path.exists() and not again else {}
+        self.content: dict[str, Any] = header | {"rows": found.get("rows", [])}
+
+    def row(self, case: Case) -> dict[str, Any]:
+        key = case.key()
+        for row in self.content["rows"]:
+            if all(row[name] == value for name, value in key.items()):
+                return row
+        row = key | {"tokens_per_s": {}, "ms_per_step": {}, "attention_ms": {}, "attention_share": None}
+        self.content["rows"].append(row)
+        return row
+
+    def has(self, case: Case, backend: str) -> bool:
+        return backend in self.row(case)["ms_per_step"]
+
+    def add(self, case: Case, backend: str, measured: dict[str, Any]) -> None:
+        row = self.row(case)
+        for name, value in measured.items():
+            row[name][backend] = value
+        # The share that attention has of a step as SGLang serves by default: what there is to gain.
+        for baseline in ("fa3", "flashinfer"):
+            if row["attention_ms"].get(baseline):
+                row["attention_share"] = row["attention_ms"][baseline] / row["ms_per_step"][baseline]
+                break
+        self.write()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [row for row in self.content["rows"] if row["ms_per_step"]]
+        self.path.write_text(json.dumps(self.content | {"rows": rows}, indent=1) + "\n")
+
+
+def work(results: ResultFile, cases: Sequence[Case], backends: Sequence[str]) -> Iterator[tuple[str, list[Case]]]:
+    """What is missing, an engine at a time. Backends take turns, so that an interrupted run still compares."""
+    groups: dict[tuple[str, str, int], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.model, case.kv_dtype, case.tp), []).append(case)
+    for group in groups.values():
+        for backend in backends:
+            missing = [case for case in group if not results.has(case, backend)]
+            if missing:
+                yield backend, missing
+
+
+def run_engine(backend: str, cases: list[Case], repeats: int, seconds: float) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Measures cases in a process of their own, until they are done or the time is over."""
+    asked = json.dumps({"backend": backend, "cases": cases, "repeats": repeats})
+    log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)
+    process = subprocess.Popen([sys.executable, __file__, "--serve", asked], stdout=subprocess.PIPE, stderr=log, text=True)
+    deadline = time.monotonic() + seconds
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("MEASURED "):
+            number, measured = json.loads(line.removeprefix("MEASURED "))
+            yield cases[number], measured
+        if time.monotonic() > deadline:
+            process.terminate()
+            break
+    if process.wait() and time.monotonic() <= deadline:
+        print(f"  {backend} ended with {process.returncode}; the end of {log.name}:", file=sys.stderr)
+        print(Path(log.name).read_text()[-3000:], file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["default", "skewed"])
+    parser.add_argument("--backends", nargs="+", choices=engines.BACKENDS, default=list(DEFAULT_BACKENDS))
+    parser.add_argument("--models", nargs="+", choices=models.SHAPES, help="only these")
+    parser.add_argument("--kv-dtypes", nargs="+", choices=BOTH, help="only these")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after this long")
+    parser.add_argument("--again", action="store_true", help="measure also what the result file has")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.serve:
+        serve(json.loads(asked.serve))
+        return
+
+    import torch
+
+    from fi_prefetch.bench import environment
+
+    gpu = environment.require_gpu()
+    header = environment.header() | {"sglang": environment.installed_version("sglang")}
+    results = ResultFile(asked.results / gpu.key / "sglang.json", header, asked.again)
+    cases = [
+        case
+        for name in asked.cases
+        for case in CASES[name]
+        if (not asked.models or case.model in asked.models) and (not asked.kv_dtypes or case.kv_dtype in asked.kv_dtypes)
+    ]
+    memory = torch.cuda.get_device_properties(0).total_memory
+    for case in [case for case in cases if not fits(case, memory)]:
+        print(f"does not fit: {case.key()}")
+        cases.remove(case)
+    deadline = time.monotonic() + asked.minutes * 60
+    for backend, missing in work(results, cases, asked.backends):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            print("out of time; run it again for the rest")
+            break
+        print(f"{missing[0].model}, KV {missing[0].kv_dtype}, {backend}: {len(missing)} cases", flush=True)
+        for case, measured in run_engine(backend, missing, asked.repeats, left):
+            results.add(case, backend, measured)
+            print(f"  {case.batch} x {case.key()['context']}: {measured['ms_per_step']:.3f} ms a step", flush=True)
+    print(results.path)
+
+
+if __name__ == "__main__":
+    main()

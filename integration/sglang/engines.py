@@ -1,0 +1,86 @@
+"""SGLang engines on a GPU, started alike for measurements and comparisons."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# What each name in a result file was started with. fi_prefetch decodes; the prefill beside it is FlashInfer's, or FA3's
+# under the longer name.
+BACKENDS: dict[str, dict[str, str]] = {
+    "fi_prefetch": {"attention_backend": "fi_prefetch"},
+    "fa3+fi_prefetch": {"prefill_attention_backend": "fa3", "decode_attention_backend": "fi_prefetch"},
+    "fa3": {"attention_backend": "fa3"},
+    "flashinfer": {"attention_backend": "flashinfer"},
+    "triton": {"attention_backend": "triton"},
+}
+# Names of the kernels that a decode step's attention consists of, for reading profiles.
+ATTENTION_KERNELS: dict[str, re.Pattern[str]] = {
+    "fi_prefetch": re.compile(r"\bdecode_kernel\b"),
+    "fa3+fi_prefetch": re.compile(r"\bdecode_kernel\b"),
+    "fa3": re.compile(r"FlashAttnFwd|FlashAttnFwdCombine|prepare_varlen_num_blocks"),
+    "flashinfer": re.compile(r"BatchDecodeWithPagedKVCache|BatchPrefillWithPagedKVCache|VariableLengthMergeStates"),
+    "triton": re.compile(r"_fwd_(grouped_)?kernel_stage[12]"),
+}
+# NVLink multicast is not to be had in every container; it must be off before NCCL starts.
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+
+
+def arguments(
+    backend: str,
+    model: Path,
+    *,
+    graph_batches: Sequence[int],
+    context_length: int,
+    kv_dtype: str = "auto",
+    tp: int = 1,
+    dummy: bool = True,
+    **more: Any,
+) -> dict[str, Any]:
+    """`sglang.Engine`'s arguments for one of BACKENDS.
+
+    Args:
+        model: a folder; only its config.json is read where `dummy`.
+        graph_batches: batch sizes to capture CUDA graphs for.
+        context_length: tokens a request may have, prompt and answer.
+        kv_dtype: "auto" (as the model) or SGLang's other names, such as "fp8_e4m3".
+        more: anything else, over what is chosen here.
+    """
+    chosen = {
+        "model_path": str(model),
+        "skip_tokenizer_init": True,
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "disable_prefill_cuda_graph": True,
+        "cuda_graph_bs_decode": sorted(set(graph_batches)),
+        "context_length": context_length,
+        "kv_cache_dtype": kv_dtype,
+        "tp_size": tp,
+        "random_seed": 1,
+        "log_level": "info",
+    } | BACKENDS[backend]
+    if dummy:
+        chosen["load_format"] = "dummy"
+    if tp > 1:
+        chosen["enforce_disable_flashinfer_allreduce_fusion"] = True
+    return chosen | more
+
+
+def start(chosen: dict[str, Any]) -> Any:
+    """A running engine. Call it under `if __name__ == "__main__":`, for SGLang spawns processes."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if chosen.get("tp_size", 1) > 1:
+        os.environ |= NO_MULTICAST
+    import sglang
+
+    return sglang.Engine(**chosen)
+
+
+def random_prompts(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of random tokens that share no prefix worth caching."""
+    generator = random.Random(seed)
+    return [[generator.randrange(10, vocabulary) for _ in range(length)] for length in lengths]
