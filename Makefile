@@ -14,7 +14,9 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 CUDA_SOURCES := $(wildcard csrc/* fi_prefetch/bench/*.cu tests/gpu/*.cu tests/emulator/*.h tests/emulator/*.cuh)
 OLDEST_SGLANG := tests/sglang/.venv/0.5.16
-OLDEST_TESTS := $(addprefix tests/cpu/test_,api.py dispatch.py jit.py oldest_flashinfer.py wrapper.py)
+# One kernel through its JIT, and all that touches its API.
+OLDEST_TESTS := 'tests/cpu/test_compile.py::test_instructions[sm90a-q_bf16_kv_bf16_o_bf16_hd64_swa0_cap0]' \
+    tests/cpu/test_api.py tests/cpu/test_dispatch.py tests/cpu/test_jit.py tests/cpu/test_wrapper.py
 OLDEST_TOOLS := $(abspath $(VENV))/for-oldest-flashinfer
 
 .PHONY: demo test test-oldest test-gpu lint format wheel clean
@@ -30,8 +32,8 @@ test: $(VENV)/made-from
 test-oldest: $(VENV)/made-from
 	$(RUN)/python tests/sglang/make_env.py
 	test -d $(OLDEST_TOOLS) || $(RUN)/pip install --quiet --target $(OLDEST_TOOLS) \
-	    pytest hypothesis ninja nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	PYTHONPATH=$(OLDEST_TOOLS) $(OLDEST_SGLANG)/bin/python -m pytest -p no:cacheprovider $(OLDEST_TESTS)
+	    pytest pytest-xdist hypothesis ninja nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	PATH="$(OLDEST_TOOLS)/bin:$$PATH" PYTHONPATH=$(OLDEST_TOOLS) $(OLDEST_SGLANG)/bin/python -m pytest -p no:cacheprovider $(OLDEST_TESTS)
 
 # Needs a GPU. Add `--record` by hand: `.venv/bin/fi-prefetch check --record`.
 test-gpu: $(VENV)/made-from

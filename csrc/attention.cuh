@@ -129,7 +129,7 @@ class WarpAttention {
       O* o = static_cast<O*>(p_.o) + output_row(p_, request, head, row) * T::kHeadDim;
 #pragma unroll
       for (int d = 0; d < kProducts; ++d) {
-        const float(&x)[4] = output_[d][n];
+        const float (&x)[4] = output_[d][n];
         const uint32_t a = ptx::transpose_matrix(pack<O>(x[0] * scale[0], x[1] * scale[1]));
         const uint32_t b = ptx::transpose_matrix(pack<O>(x[2] * scale[0], x[3] * scale[1]));
         if (!row.valid) continue;
@@ -185,13 +185,12 @@ class WarpAttention {
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
           const uint32_t x = r[2 * chunk], y = r[2 * chunk + 1];
-          const uint32_t a[4] = {widen<typename T::Kv, typename T::Q>(x & 0xffff),
-                                 widen<typename T::Kv, typename T::Q>(y & 0xffff),
-                                 widen<typename T::Kv, typename T::Q>(x >> 16),
-                                 widen<typename T::Kv, typename T::Q>(y >> 16)};
+          const uint32_t a[4] = {
+              widen<typename T::Kv, typename T::Q>(x & 0xffff), widen<typename T::Kv, typename T::Q>(y & 0xffff),
+              widen<typename T::Kv, typename T::Q>(x >> 16), widen<typename T::Kv, typename T::Q>(y >> 16)};
 #pragma unroll
           for (int n = 0; n < T::kRowTiles; ++n) {
-            const uint32_t(&q)[2] = query_[n][2 * pair + chunk];
+            const uint32_t (&q)[2] = query_[n][2 * pair + chunk];
             ptx::multiply_add<typename T::Q>(scores[n], a, q[0], q[1]);
           }
         }

@@ -1,7 +1,8 @@
 // The entry points: FlashInfer's `plan`, `workspace_size` and `run` of a batch-decode module, and `prefetch_kv`.
 //
-// One compilation serves one choice of element types, head_dim, sliding window and soft cap; fi_prefetch/jit.py sets the
-// FI_PREFETCH_* macros. Everything is checked here that memory safety hangs on, whatever the Python side did before.
+// One compilation serves one choice of element types, head_dim, sliding window and soft cap; fi_prefetch/jit.py sets
+// the FI_PREFETCH_* macros. Everything is checked here that memory safety hangs on, whatever the Python side did
+// before.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/dtype.h>
@@ -149,9 +150,9 @@ Array<int64_t> plan_info(const Plan& plan, int64_t rows) {
 }
 
 void check_batch_size(int64_t batch_size, int64_t warps) {
-  FI_PREFETCH_CHECK(batch_size <= 1 << 20 && RequestScan::shared_bytes(batch_size) <=
-                                                 warps * SharedMemory<AnyTraits>::kRingBytes,
-                    ValueError)
+  FI_PREFETCH_CHECK(
+      batch_size <= 1 << 20 && RequestScan::shared_bytes(batch_size) <= warps * SharedMemory<AnyTraits>::kRingBytes,
+      ValueError)
       << "batch_size: " << batch_size << " requests are more than the shared memory of a block of " << warps
       << " warps holds";
 }
@@ -239,8 +240,8 @@ CacheShape cache_shape(const TensorView& cache, const char* name, bool hnd) {
     const int d = dimensions[i];
     shape.strides[i] = cache.size(d) == 1 ? 0 : cache.stride(d) * static_cast<int64_t>(sizeof(FI_PREFETCH_DTYPE_KV));
     FI_PREFETCH_CHECK(shape.strides[i] % 16 == 0 && shape.strides[i] >= 0, ValueError)
-        << name << ": expected strides that are multiples of 16 bytes, got " << shape.strides[i] << " bytes in dimension "
-        << d;
+        << name << ": expected strides that are multiples of 16 bytes, got " << shape.strides[i]
+        << " bytes in dimension " << d;
   }
   return shape;
 }
@@ -251,7 +252,8 @@ void set_cache(DecodeParams& p, const TensorView& k, const TensorView& v, const 
   FI_PREFETCH_CHECK(kv_layout_code == 0 || kv_layout_code == 1, ValueError)
       << "kv_layout_code: expected 0 (NHD) or 1 (HND), got " << kv_layout_code;
   const DLDevice device = k.device();
-  FI_PREFETCH_CHECK(device.device_type == kDLCUDA, ValueError) << "paged_k_cache: expected a CUDA tensor, got " << name_of(device);
+  FI_PREFETCH_CHECK(device.device_type == kDLCUDA, ValueError)
+      << "paged_k_cache: expected a CUDA tensor, got " << name_of(device);
   check_tensor<FI_PREFETCH_DTYPE_KV>(k, "paged_k_cache", 4, device);
   check_tensor<FI_PREFETCH_DTYPE_KV>(v, "paged_v_cache", 4, device);
   const CacheShape ks = cache_shape(k, "paged_k_cache", kv_layout_code == 1);
@@ -296,8 +298,8 @@ void set_cache(DecodeParams& p, const TensorView& k, const TensorView& v, const 
   };
   p.k = tensor(k, ks);
   p.v = tensor(v, vs);
-  p.contiguous_tokens = ks.page_size % kTileTokens == 0 && ks.strides[1] == AnyTraits::kRowBytes &&
-                        vs.strides[1] == AnyTraits::kRowBytes;
+  p.contiguous_tokens =
+      ks.page_size % kTileTokens == 0 && ks.strides[1] == AnyTraits::kRowBytes && vs.strides[1] == AnyTraits::kRowBytes;
   p.num_kv_heads = ks.heads;
 
   PageTable& t = p.table;
@@ -341,13 +343,12 @@ void launch(const Launch& l, int device, const Params&... params) {
   check_cuda(cudaLaunchKernelEx(&config, KERNEL, params...), "cudaLaunchKernelEx");
 }
 
-/// FlashInfer's run up to enable_pdl; then what this kernel takes besides. `counters`: int32, zero before the first run,
-/// one buffer per stream of calls; every run leaves it zero. `prefetch`: the fields of PrefetchLevers.
-void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, TensorView q, TensorView k,
-         TensorView v, TensorView indptr, TensorView indices, TensorView last_page_len, TensorView o,
-         Optional<TensorView> maybe_lse, int64_t kv_layout_code, int64_t window_left, bool enable_pdl,
-         Optional<TensorView> maybe_sinks, double logits_soft_cap, double sm_scale, double v_scale, int64_t q_len,
-         Array<int64_t> prefetch) {
+/// FlashInfer's run up to enable_pdl; then what this kernel takes besides. `counters`: int32, zero before the first
+/// run, one buffer per stream of calls; every run leaves it zero. `prefetch`: the fields of PrefetchLevers.
+void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, TensorView q, TensorView k, TensorView v,
+         TensorView indptr, TensorView indices, TensorView last_page_len, TensorView o, Optional<TensorView> maybe_lse,
+         int64_t kv_layout_code, int64_t window_left, bool enable_pdl, Optional<TensorView> maybe_sinks,
+         double logits_soft_cap, double sm_scale, double v_scale, int64_t q_len, Array<int64_t> prefetch) {
   DecodeParams p{};
   set_cache(p, k, v, indptr, indices, last_page_len, kv_layout_code);
   const DLDevice device = k.device();

@@ -14,12 +14,12 @@ namespace fi_prefetch {
 /// The block's dynamic shared memory. The host asks for `bytes`, the kernel uses the pointers.
 template <typename T>
 struct SharedMemory {
-  uint8_t* rings;         // [warps][kStages][kStageBytes]; before that the RequestScan, after that right shares
-  TileHeader* headers;    // [warps][kStages]
-  float* left_partials;   // [warps][rows][kPartialStride]
-  Share* left_shares;     // [warps]: of what a warp shares with warps before it, and ends
-  Share* right_shares;    // [warps]: of what goes on in the warps after it; the partial lies in the warp's ring
-  uint32_t* begins;       // [warps + 1]: where the warps' pieces begin, and the block's ends
+  uint8_t* rings;        // [warps][kStages][kStageBytes]; before that the RequestScan, after that right shares
+  TileHeader* headers;   // [warps][kStages]
+  float* left_partials;  // [warps][rows][kPartialStride]
+  Share* left_shares;    // [warps]: of what a warp shares with warps before it, and ends
+  Share* right_shares;   // [warps]: of what goes on in the warps after it; the partial lies in the warp's ring
+  uint32_t* begins;      // [warps + 1]: where the warps' pieces begin, and the block's ends
   uint32_t* flag;
 
   static constexpr uint32_t kRingBytes = T::kStages * T::kStageBytes;
@@ -114,7 +114,7 @@ FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece& piece, cons
   const bool leads = begin >= piece.begin || piece.begin == piece.partition.begin(first_worker);
   const uint32_t last_warp = min(piece.partition.owner(end - 1) - first_worker, warps - 1);
   if (lane_index() == 0) {
-    (goes_on ? shared.right_shares : shared.left_shares)[warp] = {header.request, header.head, begin,  end,
+    (goes_on ? shared.right_shares : shared.left_shares)[warp] = {header.request, header.head, begin, end,
                                                                   leads,          last_warp,   {0, 0}};
   }
 }

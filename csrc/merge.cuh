@@ -1,8 +1,8 @@
 // Putting together what several warps, then several blocks, computed of one request and kv head. Always in the order of
 // the splits, so the result does not depend on who finished first.
 //
-// Warps meet in shared memory at the block's end. Blocks meet in global memory: each leaves a partial and counts itself;
-// the one that finds the others there merges. Nobody waits for anybody, so no order of execution can hang.
+// Warps meet in shared memory at the block's end. Blocks meet in global memory: each leaves a partial and counts
+// itself; the one that finds the others there merges. Nobody waits for anybody, so no order of execution can hang.
 #pragma once
 
 #include "attention.cuh"
@@ -13,7 +13,7 @@ namespace fi_prefetch {
 struct __align__(16) Share {
   uint32_t request;
   uint32_t head;
-  uint32_t begin;      // the request and head's tiles on the line: [begin, end)
+  uint32_t begin;  // the request and head's tiles on the line: [begin, end)
   uint32_t end;
   uint32_t leads;      // 1: no earlier warp of this block has a share of it
   uint32_t last_warp;  // the last one in this block that has (if `leads`)
@@ -32,7 +32,8 @@ struct MergedRow {
 template <int N, bool GLOBAL>
 FI_PREFETCH_DEVICE void load_vector(const float* source, float (&x)[N]) {
   if constexpr (N == 2) {
-    const float2 v = GLOBAL ? __ldcg(reinterpret_cast<const float2*>(source)) : *reinterpret_cast<const float2*>(source);
+    const float2 v =
+        GLOBAL ? __ldcg(reinterpret_cast<const float2*>(source)) : *reinterpret_cast<const float2*>(source);
     x[0] = v.x, x[1] = v.y;
   } else {
 #pragma unroll
@@ -122,8 +123,8 @@ FI_PREFETCH_DEVICE void write_partial_row(float* row, const MergedRow<T>& merged
 /// Counts this block in; whether it is the last of `expected`, which then sees all that the others wrote before, and
 /// which sets the counter back to zero for the next call. Collective over the block; `flag` is in shared memory.
 FI_PREFETCH_DEVICE bool arrive(int32_t* counter, uint32_t expected, uint32_t* flag) {
-  __threadfence();   // this thread's partials before the count ...
-  __syncthreads();   // ... and every other thread's
+  __threadfence();  // this thread's partials before the count ...
+  __syncthreads();  // ... and every other thread's
   if (threadIdx.x == 0) {
     const bool last = atomicAdd(counter, 1) + 1 == static_cast<int32_t>(expected);
     if (last) *counter = 0;
@@ -134,17 +135,17 @@ FI_PREFETCH_DEVICE bool arrive(int32_t* counter, uint32_t expected, uint32_t* fl
   return *flag;  // the next arrive() passes its barrier before it writes the flag again
 }
 
-/// A block has two places in global memory: for what it shares with blocks before it, and for what begins in it and goes
-/// on after it.
+/// A block has two places in global memory: for what it shares with blocks before it, and for what begins in it and
+/// goes on after it.
 template <typename T>
 FI_PREFETCH_DEVICE float* block_partial(const DecodeParams& p, uint32_t slot, uint32_t n) {
   const uint32_t rows = p.group_size * p.q_len;
   return p.partials + static_cast<size_t>(slot * rows + n) * T::kPartialStride;
 }
 
-/// The meeting of the blocks that share a request and head: counts this block in, and merges if it is the last. Beyond 16
-/// blocks it has two levels of about the square root of their number, since one block alone would read all partials at
-/// the 100 GB/s or so that an SM gets from L2. Collective over the block; `flag` is in shared memory.
+/// The meeting of the blocks that share a request and head: counts this block in, and merges if it is the last. Beyond
+/// 16 blocks it has two levels of about the square root of their number, since one block alone would read all partials
+/// at the 100 GB/s or so that an SM gets from L2. Collective over the block; `flag` is in shared memory.
 template <typename T>
 FI_PREFETCH_DEVICE void merge_blocks(const DecodeParams& p, const Partition& partition, const Share& share,
                                      uint32_t* flag) {

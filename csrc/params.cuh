@@ -24,11 +24,11 @@ struct PageTable {
   const int32_t* indices;
   const int32_t* last_page_len;
   int32_t batch_size;
-  int32_t num_indices;           // length of `indices`: positions are clamped to it
-  int32_t num_pages;             // pages in the cache: page numbers are clamped to it
-  int32_t page_size;             // tokens
-  int32_t page_shift;            // log2(page_size), or -1 where it is no power of two
-  int32_t max_pages_per_request; // so that a length in tokens fits 31 bits
+  int32_t num_indices;            // length of `indices`: positions are clamped to it
+  int32_t num_pages;              // pages in the cache: page numbers are clamped to it
+  int32_t page_size;              // tokens
+  int32_t page_shift;             // log2(page_size), or -1 where it is no power of two
+  int32_t max_pages_per_request;  // so that a length in tokens fits 31 bits
 };
 
 /// The prefetch levers, resolved for this plan (fi_prefetch/prefetch.py decides; units: tiles a warp).
@@ -43,12 +43,12 @@ struct PrefetchLevers {
 enum Ready : int32_t { kNothing = 0, kPageTable = 1, kAllButLastToken = 2 };
 
 struct DecodeParams {
-  const void* q;        // [batch * q_len, num_qo_heads, HEAD_DIM], strides in elements
+  const void* q;  // [batch * q_len, num_qo_heads, HEAD_DIM], strides in elements
   int64_t q_stride_n;
   int64_t q_stride_h;
-  void* o;              // [batch * q_len, num_qo_heads, HEAD_DIM], contiguous
-  float* lse;           // [batch * q_len, num_qo_heads], base 2, or null
-  const float* sinks;   // [num_qo_heads] or null
+  void* o;             // [batch * q_len, num_qo_heads, HEAD_DIM], contiguous
+  float* lse;          // [batch * q_len, num_qo_heads], base 2, or null
+  const float* sinks;  // [num_qo_heads] or null
   KvTensor k;
   KvTensor v;
   uint32_t unit_bytes;        // a power of two
@@ -56,16 +56,17 @@ struct DecodeParams {
   PageTable table;
   int32_t num_qo_heads;
   int32_t num_kv_heads;
-  int32_t group_size;     // num_qo_heads / num_kv_heads
-  int32_t group_inverse;  // 65536 / group_size + 1: n * group_inverse >> 16 is n / group_size for the few rows there are
-  int32_t q_len;          // query tokens per request, the newest of it (bottom-right causal)
-  int32_t window_left;    // tokens before the query's own that it sees; only read with a sliding window
-  float scale_log2;       // sm_scale * log2(e), or log2(e) * logits_soft_cap with a soft cap
-  float inverse_cap;      // sm_scale / logits_soft_cap with a soft cap
+  int32_t group_size;  // num_qo_heads / num_kv_heads
+  int32_t
+      group_inverse;    // 65536 / group_size + 1: n * group_inverse >> 16 is n / group_size for the few rows there are
+  int32_t q_len;        // query tokens per request, the newest of it (bottom-right causal)
+  int32_t window_left;  // tokens before the query's own that it sees; only read with a sliding window
+  float scale_log2;     // sm_scale * log2(e), or log2(e) * logits_soft_cap with a soft cap
+  float inverse_cap;    // sm_scale / logits_soft_cap with a soft cap
   float v_scale;
   uint32_t min_tiles_per_warp;  // fewer blocks work when there is less than this to do
-  float* partials;        // [2 * gridDim.x, rows, HEAD_DIM + 4]
-  int32_t* counters;      // [3 * gridDim.x], zero between calls
+  float* partials;              // [2 * gridDim.x, rows, HEAD_DIM + 4]
+  int32_t* counters;            // [3 * gridDim.x], zero between calls
   PrefetchLevers levers;
 };
 

@@ -110,9 +110,8 @@ class KvPipeline {
 #pragma unroll
     for (int copy = 0; copy < kCopies; ++copy) {
       const uint32_t row = copy * kRowsPerCopy + first_row;
-      const uint32_t destination =
-          stage + copy * kRowsPerCopy * T::kRowBytes +
-          (lane_offset ^ (T::kRowChunks >= 8 ? (copy * kRowsPerCopy % 8) << 4 : 0));
+      const uint32_t destination = stage + copy * kRowsPerCopy * T::kRowBytes +
+                                   (lane_offset ^ (T::kRowChunks >= 8 ? (copy * kRowsPerCopy % 8) << 4 : 0));
       const uint32_t bytes = row < valid ? 16 : 0;
       const uint32_t k_offset = __shfl_sync(kFullWarp, row_offset, row);
       ptx::copy_async_16(destination, TileRows::address(k, p_.unit_bytes, k_offset), bytes, policy_);

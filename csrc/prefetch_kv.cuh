@@ -13,11 +13,11 @@ struct PrefetchKvParams {
   int32_t evict_last;       // 1: ask that the lines stay until they are read
 };
 
-/// Any number of blocks of whole warps; dynamic shared memory: RequestScan::shared_bytes. A few blocks, each standing in
-/// for many of the decode call's: one SM asks for ten times its share of HBM.
+/// Any number of blocks of whole warps; dynamic shared memory: RequestScan::shared_bytes. A few blocks, each standing
+/// in for many of the decode call's: one SM asks for ten times its share of HBM.
 template <typename T>
-__global__ void __launch_bounds__(256) prefetch_kv_kernel(const __grid_constant__ DecodeParams p,
-                                                          const __grid_constant__ PrefetchKvParams window) {
+__global__ void __launch_bounds__(256)
+    prefetch_kv_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ PrefetchKvParams window) {
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
   RequestScan scan;

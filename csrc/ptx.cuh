@@ -32,15 +32,17 @@ FI_PREFETCH_DEVICE uint32_t shared_address(const void* pointer) {
 
 /// Copies `source_bytes` (0 or 16) to 16 bytes of shared memory and zero-fills the rest; bypasses L1.
 FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-               :: "r"(destination), "l"(source), "r"(source_bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+               "r"(source_bytes)
+               : "memory");
 }
 
 /// The same, under an L2 eviction policy made by one of the functions below.
 FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes,
                                       uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;"
-               :: "r"(destination), "l"(source), "r"(source_bytes), "l"(policy) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(destination),
+               "l"(source), "r"(source_bytes), "l"(policy)
+               : "memory");
 }
 
 /// Closes the group of this thread's copies since the last commit.
@@ -49,25 +51,23 @@ FI_PREFETCH_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_grou
 /// Waits until at most `PENDING` of this thread's newest groups are unfinished.
 template <int PENDING>
 FI_PREFETCH_DEVICE void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 // ---- L2: prefetch (9.7.9.15), cp.async.bulk.prefetch (9.7.9.25.4), createpolicy (9.7.9.18) ------------------------
 
 /// Brings the line that holds `address` into L2. A hint: it never faults on a mapped address and returns nothing.
-FI_PREFETCH_DEVICE void prefetch_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
-}
+FI_PREFETCH_DEVICE void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 /// The same, and asks that the line leaves L2 after the others.
 FI_PREFETCH_DEVICE void prefetch_l2_evict_last(const void* address) {
-  asm volatile("prefetch.global.L2::evict_last [%0];" :: "l"(address));
+  asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(address));
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 /// Brings `bytes` (a multiple of 16) from a 16-byte aligned address into L2.
 FI_PREFETCH_DEVICE void bulk_prefetch_l2(const void* address, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(address), "r"(bytes));
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
 }
 #endif
 
@@ -105,13 +105,17 @@ FI_PREFETCH_DEVICE void launch_dependents() {
 /// Four 8x8 matrices; lane l gives the address of row l%8 of matrix l/8 (16 bytes, 16-byte aligned).
 FI_PREFETCH_DEVICE void load_matrix_x4(uint32_t (&r)[4], uint32_t row_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row_address) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row_address)
+               : "memory");
 }
 
 /// The same with every matrix transposed.
 FI_PREFETCH_DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t row_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row_address) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row_address)
+               : "memory");
 }
 
 /// The transpose of one 8x8 matrix that the warp holds in registers.
@@ -129,18 +133,20 @@ FI_PREFETCH_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint
 
 template <>
 FI_PREFETCH_DEVICE void multiply_add<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <>
 FI_PREFETCH_DEVICE void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------

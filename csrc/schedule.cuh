@@ -151,7 +151,8 @@ struct Partition {
 
 /// Blocks that get work: few tiles are done sooner by few blocks, whose partials merge faster. Every one of them gets a
 /// tile at least.
-FI_PREFETCH_DEVICE uint32_t active_blocks(uint32_t tiles, uint32_t blocks, uint32_t warps, uint32_t min_tiles_per_warp) {
+FI_PREFETCH_DEVICE uint32_t active_blocks(uint32_t tiles, uint32_t blocks, uint32_t warps,
+                                          uint32_t min_tiles_per_warp) {
   const uint32_t tiles_per_block = warps * min_tiles_per_warp;
   return max(min((tiles + tiles_per_block - 1) / tiles_per_block, blocks), 1u);
 }

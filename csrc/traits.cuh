@@ -11,7 +11,8 @@ namespace fi_prefetch {
 
 /// Q, Kv, O: element types in memory. ROW_TILES: query rows of a kv head (group_size * q_len) in units of 8, the N of
 /// the tensor cores' product. WINDOW and SOFT_CAP leave their arithmetic out where a model has neither.
-template <typename Q_, typename Kv_, typename O_, int HEAD_DIM_, int ROW_TILES_, int STAGES_, bool WINDOW_, bool SOFT_CAP_>
+template <typename Q_, typename Kv_, typename O_, int HEAD_DIM_, int ROW_TILES_, int STAGES_, bool WINDOW_,
+          bool SOFT_CAP_>
 struct DecodeTraits {
   using Q = Q_;
   using Kv = Kv_;

@@ -35,11 +35,11 @@ struct Params {
   const int32_t* context_lens;  // [num_seqs]: tokens
   void* o;                      // [num_seqs, num_heads, HEAD_DIM]
   int32_t max_blocks;
-  int32_t max_context_len;      // what shared memory holds the logits of; longer sequences are cut off
+  int32_t max_context_len;  // what shared memory holds the logits of; longer sequences are cut off
   int32_t num_kv_heads;
-  int32_t group_size;           // query heads per kv head
-  int32_t distance;             // of the prefetch, in iterations of the warp; the paper's is 1
-  float scale_log2;             // softmax scale * log2(e)
+  int32_t group_size;  // query heads per kv head
+  int32_t distance;    // of the prefetch, in iterations of the warp; the paper's is 1
+  float scale_log2;    // softmax scale * log2(e)
 };
 
 template <typename T_, int HEAD_DIM, Prefetch PREFETCH>
@@ -48,7 +48,7 @@ struct Traits {
   static constexpr int kHeadDim = HEAD_DIM;
   static constexpr Prefetch kPrefetch = PREFETCH;
   static constexpr int kBlockBytes = kBlockTokens * HEAD_DIM * sizeof(T);  // of K or of V
-  static constexpr int kLoads = kBlockBytes / (32 * sizeof(uint4));         // a lane and KV block
+  static constexpr int kLoads = kBlockBytes / (32 * sizeof(uint4));        // a lane and KV block
   /// Thread blocks an SM that the registers leave room for: the same with a prefetch and without, or the difference
   /// between the two would be one of residency too. More of them, and not all of a block's loads could be under way.
   static constexpr int kResident = HEAD_DIM == 64 ? 8 : 7;

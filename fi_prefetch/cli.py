@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -168,10 +169,13 @@ def demo(compile_kernels: bool, baselines: tuple[str, ...]) -> None:
 
 
 def _demo_on_gpu(baselines: Sequence[str]) -> None:
+    from .bench import grid, runner
     from .bench.shapes import small_grid
 
-    content = _measure_grid(small_grid(), baselines, "auto", Path("fi_prefetch_demo.json"))
-    _print_grid(content)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"baselines": list(baselines), "policy": "auto", "page_order": "shuffled"}
+        job = runner.Job("grid", grid.specs(small_grid()), options)
+        _print_grid(_run_job(job, Path(folder, "demo.json"), resume=False))
 
 
 def _demo_on_cpu(compile_kernels: bool) -> None:
@@ -362,6 +366,7 @@ def find_model(name: str, ranks: int) -> Any:
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Result file. [default: benchmarks/results/<gpu>/KIND.json]"
 )
+@click.option("--warm", is_flag=True, help="Of the grid: also with the KV in L2, as far as L2 holds it.")
 @click.option("--resume", is_flag=True, help="Keep the rows that the file has, from the same GPU and commit.")
 @click.option("--budget-seconds", type=float, help="Stop in time; the file keeps what was measured.")
 @click.option(
@@ -414,17 +419,11 @@ def _job(kind: str, shapes: Sequence[Any], options: dict[str, Any]) -> Any:
         "baselines": [name for name in baselines if kind != "layer" or name in LAYER_BASELINES],
         "policy": options["policy"],
         "page_order": options["page_order"],
+        "warm": options["warm"],
     }
     if kind == "layer":
         job_options["fewest_copies"] = module.LAYERS
     return runner.Job(kind, specs, job_options, options["stall_seconds"], options["budget_seconds"])
-
-
-def _measure_grid(shapes: Sequence[Any], baselines: Sequence[str], policy: str, output: Path) -> dict[str, Any]:
-    from .bench import grid, runner
-
-    options = {"baselines": list(baselines), "policy": policy, "page_order": "shuffled"}
-    return _run_job(runner.Job("grid", grid.specs(list(shapes)), options), output, resume=False)
 
 
 def _run_job(job: Any, output: Path, resume: bool) -> dict[str, Any]:

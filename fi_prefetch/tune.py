@@ -122,7 +122,9 @@ def best_rules(times_us: dict[int, dict[Grid, list[float]]]) -> tuple[Rule, ...]
     rules: list[Rule] = []
     for kv_bytes in sorted(times_us):
         mean = {
-            grid: math.exp(sum(map(math.log, times)) / len(times)) for grid, times in times_us[kv_bytes].items() if times
+            grid: math.exp(sum(map(math.log, times)) / len(times))
+            for grid, times in times_us[kv_bytes].items()
+            if times
         }
         if not mean:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from .baselines import BASELINES, Call, prepare_ours
@@ -30,45 +31,46 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
     shape = Shape.from_row(spec)
     shuffled = context.options["page_order"] == "shuffled"
     inputs = DecodeInputs(shape, context.pool(shape.kv_dtype), context.facts.l2_bytes, shuffled)
-    times: dict[str, float | None] = {}
-    errors: dict[str, float] = {}
-    spreads: dict[str, float] = {}
-    missing: dict[str, str] = {}
-
-    def record(name: str, answer: tuple[tuple[Timing, float] | None, str | None]) -> None:
-        result, reason = answer
-        if result is None:
-            times[name], missing[name] = None, reason or ""
-            return
-        timing, errors[name] = result
-        times[name], spreads[name] = round(timing.us, 3), round(timing.spread, 4)
-
-    for name in context.options["baselines"]:
-        prepare = functools.partial(_prepared_timing, inputs, BASELINES[name])
-        record(name, context.attempt(name, prepare))
-    choice: dict[str, Any] = {"kernel": None, "levers": None}
     policy = context.options["policy"]
-
-    def ours() -> tuple[Timing, float]:
-        wrapper, call = prepare_ours(inputs, policy)
-        choice.update(kernel=wrapper.kernel_choice.reason, levers=wrapper.prefetch_plan.codes())
-        return verified_timing(inputs, call)
-
-    record("fi_prefetch", context.attempt("fi_prefetch", ours))
-    return {
+    times: dict[str, float | None] = {}
+    row: dict[str, Any] = {
         **shape.to_row(),
         "floor_us": round(context.floor_us(shape.kv_bytes), 3),
-        "fi_prefetch_us": times.pop("fi_prefetch"),
+        "fi_prefetch_us": None,
         "baselines_us": times,
-        "error": errors.get("fi_prefetch"),
-        "error_flashinfer": errors.get("flashinfer_fa2", errors.get("flashinfer_cuda_core")),
-        **choice,
+        "error": None,
+        "error_flashinfer": None,
+        "kernel": None,
+        "levers": None,
         "policy": policy,
-        "spread": spreads,
-        "missing": missing,
         "copies": inputs.copies,
+        "spread": {},
+        "warm_us": {},
+        "missing": {},
     }
+    errors: dict[str, float] = {}
 
+    def ours() -> Call:
+        wrapper, call = prepare_ours(inputs, policy)
+        row.update(kernel=wrapper.kernel_choice.reason, levers=wrapper.prefetch_plan.codes())
+        return call
 
-def _prepared_timing(inputs: DecodeInputs, prepare: Any) -> tuple[Timing, float]:
-    return verified_timing(inputs, prepare(inputs))
+    def timed(prepare: Callable[[], Call]) -> tuple[Timing, float, Timing | None]:
+        call = prepare()
+        timing, error = verified_timing(inputs, call)
+        return timing, error, time_calls(call, 1) if context.options.get("warm") else None
+
+    candidates = {name: functools.partial(BASELINES[name], inputs) for name in context.options["baselines"]}
+    for name, prepare in {**candidates, "fi_prefetch": ours}.items():
+        result, reason = context.attempt(name, functools.partial(timed, prepare))
+        if result is None:
+            times[name], row["missing"][name] = None, reason
+            continue
+        timing, errors[name], warm = result
+        times[name], row["spread"][name] = round(timing.us, 3), round(timing.spread, 4)
+        if warm is not None:
+            row["warm_us"][name] = round(warm.us, 3)
+    row["fi_prefetch_us"] = times.pop("fi_prefetch")
+    row["error"] = errors.get("fi_prefetch")
+    row["error_flashinfer"] = errors.get("flashinfer_fa2", errors.get("flashinfer_cuda_core"))
+    return row

@@ -55,10 +55,17 @@ void read(TensorView buffer, TensorView sink, int64_t blocks, int64_t loads) {
   cudaStream_t stream = current_stream(buffer);
   const auto grid = static_cast<unsigned>(blocks);
   switch (loads) {
-    case 4: read_kernel<4><<<grid, kReadThreads, 0, stream>>>(data, count, out); break;
-    case 8: read_kernel<8><<<grid, kReadThreads, 0, stream>>>(data, count, out); break;
-    case 16: read_kernel<16><<<grid, kReadThreads, 0, stream>>>(data, count, out); break;
-    default: TVM_FFI_THROW(ValueError) << "loads must be 4, 8 or 16, got " << loads;
+    case 4:
+      read_kernel<4><<<grid, kReadThreads, 0, stream>>>(data, count, out);
+      break;
+    case 8:
+      read_kernel<8><<<grid, kReadThreads, 0, stream>>>(data, count, out);
+      break;
+    case 16:
+      read_kernel<16><<<grid, kReadThreads, 0, stream>>>(data, count, out);
+      break;
+    default:
+      TVM_FFI_THROW(ValueError) << "loads must be 4, 8 or 16, got " << loads;
   }
   check_launch("read");
 }

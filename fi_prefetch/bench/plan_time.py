@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flashinfer
@@ -18,6 +19,13 @@ from .shapes import Shape
 from .worker import Context
 
 REPEATS = 100
+WRAPPERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "fi_prefetch": fi_prefetch.BatchDecodeWithPagedKVCacheWrapper,
+    "flashinfer_cuda_core": flashinfer.BatchDecodeWithPagedKVCacheWrapper,
+    "flashinfer_fa2": functools.partial(
+        flashinfer.BatchDecodeWithPagedKVCacheWrapper, use_tensor_cores=True, backend="fa2"
+    ),
+}
 
 
 def specs() -> list[dict[str, Any]]:
@@ -28,23 +36,17 @@ def specs() -> list[dict[str, Any]]:
 def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
     """One row: the median host time of a plan like the one before it, as a server plans from step to step."""
     inputs = DecodeInputs(Shape.from_row(spec), context.pool(spec["kv_dtype"]), context.facts.l2_bytes)
-    wrappers = {
-        "fi_prefetch": fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(), "NHD"),
-        "flashinfer_cuda_core": flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(), "NHD"),
-        "flashinfer_fa2": flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            workspace(), "NHD", use_tensor_cores=True, backend="fa2"
-        ),
-    }
     row: dict[str, Any] = {**spec, "us": {}, "missing": {}}
-    for name, wrapper in wrappers.items():
-        value, reason = context.attempt(name, functools.partial(_median_us, wrapper, inputs))
+    for name, make in WRAPPERS.items():
+        value, reason = context.attempt(name, functools.partial(_median_us, make, inputs))
         row["us"][name] = None if value is None else round(value, 2)
         if reason:
             row["missing"][name] = reason
     return row
 
 
-def _median_us(wrapper: Any, inputs: DecodeInputs) -> float:
+def _median_us(make: Callable[[torch.Tensor], Any], inputs: DecodeInputs) -> float:
+    wrapper = make(workspace())
     arguments, options = plan_arguments(inputs)
     samples = []
     for _ in range(REPEATS):

@@ -33,8 +33,8 @@ def create_backend(runner: Any) -> Any:
     if runner.device != "cuda" or torch.version.hip:
         device = "an AMD GPU" if torch.version.hip else f"device {runner.device!r}"
         raise ValueError(
-            f"--attention-backend fi_prefetch: expected an NVIDIA GPU, or --device cpu for the reference, got {device}; "
-            "start with --attention-backend triton"
+            f"--attention-backend fi_prefetch: expected an NVIDIA GPU, or --device cpu for the reference, got {device};"
+            " start with --attention-backend triton"
         )
     from sglang.srt.utils import is_flashinfer_available
 
@@ -45,9 +45,7 @@ def create_backend(runner: Any) -> Any:
         )
     if not runner.spec_algorithm.is_none():
         named_backends.draft_with_flashinfer()
-        logger.info(
-            "fi_prefetch: with speculative decoding, draft and verify steps are served by FlashInfer's kernels"
-        )
+        logger.info("fi_prefetch: with speculative decoding, draft and verify steps are served by FlashInfer's kernels")
     if runner.server_args.enable_deterministic_inference:
         named_backends.align_prefill_chunks()
     if runner.is_draft_worker:

@@ -54,7 +54,9 @@ class CpuAttnBackend(TorchNativeAttnBackend):
             in_window_pool = self.use_sliding_window_kv_pool and shape.window_left >= 0
             wrapper.plan(
                 indptr,
-                self.token_to_kv_pool.translate_loc_from_full_to_swa(slots).to(torch.int32) if in_window_pool else slots,
+                self.token_to_kv_pool.translate_loc_from_full_to_swa(slots).to(torch.int32)
+                if in_window_pool
+                else slots,
                 last_page_len,
                 shape.num_qo_heads,
                 shape.num_kv_heads,

@@ -13,11 +13,7 @@ import logging
 from typing import Any
 
 import torch
-from sglang.srt.layers.attention.flashinfer_backend import (
-    FlashInferAttnBackend,
-    FlashInferIndicesUpdaterDecode,
-    WrapperDispatch,
-)
+from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend, FlashInferIndicesUpdaterDecode
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from . import layers as model_layers
@@ -89,9 +85,7 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
         if not self._layers:
             return "no attention layers were found in the model"
         updater = self.indices_updater_decode
-        return model_layers.differing_layer(
-            self._layers, updater.num_qo_heads, updater.num_kv_heads, updater.head_dim
-        )
+        return model_layers.differing_layer(self._layers, updater.num_qo_heads, updater.num_kv_heads, updater.head_dim)
 
     def _wrapper(self, **graph_buffers: Any) -> ServedDecodeWrapper:
         return ServedDecodeWrapper(
@@ -161,19 +155,12 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
                 self._wrapper(
                     use_cuda_graph=True,
                     paged_kv_indptr_buffer=self.kv_indptr[i][: num_tokens + 1],
-                    paged_kv_indices_buffer=self.cuda_graph_kv_indices[i][: num_tokens * self._longest(i)],
+                    paged_kv_indices_buffer=self.cuda_graph_kv_indices[i],
                     paged_kv_last_page_len_buffer=self.kv_last_page_len[:num_tokens],
                 )
                 for i in range(self.num_wrappers)
             ]
         return self._graph_wrappers[bs]
-
-    def _longest(self, wrapper_index: int) -> int:
-        """Tokens that a request's page table can have: the prefetch policy goes by what a call may read at most."""
-        table_width = self.req_to_token_pool.req_to_token.shape[1]
-        if self.dispatch_reason == WrapperDispatch.SLIDING_WINDOW and wrapper_index == 0:
-            return min(table_width, self.indices_updater_decode.sliding_window_size + 1)
-        return table_width
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
@@ -204,7 +191,7 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
 
 
 class _DecodePageTable(FlashInferIndicesUpdaterDecode):
-    """Fills a decode step's page table on the device, and leaves out what SGLang computes on the host for FlashInfer."""
+    """Fills a decode step's page table on the device, without what SGLang computes on the host for FlashInfer."""
 
     def call_begin_forward(self, wrapper: Any, *args: Any, **kwargs: Any) -> None:
         given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs

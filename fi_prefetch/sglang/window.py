@@ -1,8 +1,8 @@
 """Prefetching the next layer's KV while an all-reduce leaves HBM idle. Not measured yet, so off by default.
 
 Under tensor parallelism a layer ends with an all-reduce of a few hundred kilobytes: some microseconds in which the GPU
-waits for its peers. The KV that the next layer's attention reads first is known by then, all of it but the token of this
-step, so it can be on its way into L2: FI_PREFETCH_SGLANG_WINDOW=all_reduce.
+waits for its peers. The KV that the next layer's attention reads first is known by then, all but this step's token, so
+it can be on its way into L2: FI_PREFETCH_SGLANG_WINDOW=all_reduce.
 
 SGLang's layers give no hook between MLP and all-reduce, so this wraps `all_reduce` of the tensor-parallel group and
 counts: after a layer's attention, the first all-reduce belongs to its output projection, the second to its MLP. Models

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ SOURCE = r"""
 #include "decode.cuh"
 #include "prefetch_kv.cuh"
 using namespace fi_prefetch;
-using T = DecodeTraits<TEST_Q, TEST_KV, TEST_O, TEST_HEAD_DIM, TEST_ROW_TILES, TEST_STAGES, TEST_WINDOW, TEST_SOFT_CAP>;
+using T =
+    DecodeTraits<TEST_Q, TEST_KV, TEST_O, TEST_HEAD_DIM, TEST_ROW_TILES, TEST_STAGES, TEST_WINDOW, TEST_SOFT_CAP>;
 
 static KvTensor tensor(const uint8_t* data, const int64_t* strides) {
   return {data, uint32_t(strides[0]), uint32_t(strides[1]), uint32_t(strides[2])};
@@ -36,7 +37,8 @@ static DecodeParams params(const void* q, void* o, float* lse, const float* sink
   p.unit_bytes = n[8]; p.contiguous_tokens = n[9];
   p.table = {indptr, indices, last_page_len, int32_t(n[10]), int32_t(n[11]), int32_t(n[12]), int32_t(n[13]),
              int32_t(n[14]), int32_t(0x7fffffff / n[13])};
-  p.num_qo_heads = n[15]; p.num_kv_heads = n[16]; p.group_size = n[15] / n[16]; p.group_inverse = 65536 / p.group_size + 1;
+  p.num_qo_heads = n[15]; p.num_kv_heads = n[16]; p.group_size = n[15] / n[16];
+  p.group_inverse = 65536 / p.group_size + 1;
   p.q_len = n[17];
   p.window_left = n[18]; p.min_tiles_per_warp = n[19];
   p.scale_log2 = x[0]; p.inverse_cap = x[1]; p.v_scale = x[2];
@@ -103,7 +105,6 @@ class Problem:
     stages: int | None = None
     dependencies_end: object = None
     with_lse: bool = True
-    guard: dict = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -169,17 +170,18 @@ def arguments(problem: Problem):
     scale, inverse_cap = (LOG2E * p.soft_cap, sm_scale / p.soft_cap) if p.soft_cap > 0 else (LOG2E * sm_scale, 0.0)
     x = np.array([scale, inverse_cap, p.v_scale], dtype=np.float64)
     sinks = None if p.sinks is None else p.sinks.numpy()
-    memory = [storage(p.q), o_buffer.view(torch.uint8).numpy(), lse_buffer.numpy(), storage(p.k), storage(p.v),
-              p.indptr.numpy(), p.indices.numpy(), p.last_page_len.numpy(), partials_buffer.numpy(), counters.numpy()]  # fmt: skip
+    table = [p.indptr.numpy(), p.indices.numpy(), p.last_page_len.numpy()]
+    memory = [storage(p.q), o_buffer.view(torch.uint8).numpy(), lse_buffer.numpy(), storage(p.k), storage(p.v)]
+    memory += [*table, partials_buffer.numpy(), counters.numpy()]
     if sinks is not None:
         memory.append(sinks)
-    call = [storage(p.q), numpy_view(o), lse.numpy() if p.with_lse else None, sinks, storage(p.k), storage(p.v),
-            p.indptr.numpy(), p.indices.numpy(), p.last_page_len.numpy(), partials.numpy(), counters.numpy(), n, x]  # fmt: skip
+    call = [storage(p.q), numpy_view(o), lse.numpy() if p.with_lse else None, sinks, storage(p.k), storage(p.v)]
+    call += [*table, partials.numpy(), counters.numpy(), n, x]
     return call, memory, o, lse, counters, (o_buffer, lse_buffer, partials_buffer)
 
 
 def run(problem: Problem):
-    """(o, lse, statistics). Raises where the kernel breaks a rule, leaves a counter set or writes beyond its tensors."""
+    """(o, lse, library). Raises where the kernel breaks a rule, leaves a counter set or writes beyond its tensors."""
     lib = library(problem)
     call, memory, o, lse, counters, buffers = arguments(problem)
     emulator.register(lib, *memory)
@@ -239,8 +241,10 @@ def reference(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     return o, lse
 
 
-def make_problem(lengths, heads_q=4, heads_kv=1, head_dim=128, page_size=1, dtype=torch.bfloat16, kv_dtype=None, hnd=False,
-                 one_tensor=False, seed=0, **options) -> Problem:  # fmt: skip
+def make_problem(
+    lengths, heads_q=4, heads_kv=1, head_dim=128, page_size=1, dtype=torch.bfloat16, kv_dtype=None, hnd=False,
+    one_tensor=False, seed=0, **options,
+) -> Problem:  # fmt: skip
     """Random data; pages shuffled; the unused tail of every last page is NaN, which must never matter."""
     generator = torch.Generator().manual_seed(seed)
     q_len = options.get("q_len", 1)

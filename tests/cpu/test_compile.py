@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import functools
 import re
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from machine_code import Kernel, kernels
+from tvm_ffi import libinfo
 
 from fi_prefetch import jit
 
+ROOT = Path(__file__).resolve().parents[2]
 BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -66,8 +70,9 @@ every_case = pytest.mark.parametrize("case", CASES)
 # The traits in a mangled name: head_dim, row tiles (of 8 query rows), stages, window, soft cap.
 _TRAITS = re.compile(r"(decode|prefetch_kv)_kernelINS_12DecodeTraitsI.+?Li(\d+)ELi(\d+)ELi(\d+)ELb([01])ELb([01])E")
 ROW_TILES = (1, 2)
-# 256 dimensions of 16 rows are 128 registers of sums a lane: the only kernel that may spill, and this much.
-MAX_SPILLED_BYTES = 32
+# 256 dimensions of 16 rows are 128 registers of sums a lane: the only kernel that may spill, and by this many bytes.
+MAX_SPILLED_BYTES = {"9.0a": 32}
+MAX_SPILLED_BYTES_ELSEWHERE = 64
 
 
 @dataclass
@@ -153,7 +158,8 @@ def test_registers_and_spills(case):
     for row_tiles, kernel in [*found.decode.items(), (0, found.prefetch_kv)]:
         assert kernel.usage["LOCAL"] == 0
         if case.variant.head_dim == 256 and row_tiles == 2:
-            assert kernel.usage["STACK"] <= MAX_SPILLED_BYTES
+            limit = MAX_SPILLED_BYTES.get(case.architecture, MAX_SPILLED_BYTES_ELSEWHERE)
+            assert kernel.usage["STACK"] <= limit
         else:
             assert kernel.usage["STACK"] == 0, (row_tiles, kernel.usage)
             assert kernel.count("LDL") == kernel.count("STL") == 0, row_tiles
@@ -196,3 +202,13 @@ def test_fp8_is_widened_by_the_hardware_that_can(case):
     widening = [kernel.count("F2FP", "UNPACK_B") for kernel in compiled(case).decode.values()]
     fp8 = case.variant.dtype_kv.itemsize == 1
     assert [number > 0 for number in widening] == 2 * [fp8 and case.compute >= 89]
+
+
+@pytest.mark.parametrize("source", ["fi_prefetch/bench/kernels.cu", "tests/gpu/late_writes.cu"])
+def test_the_kernels_of_measurements_and_gpu_tests_compile(source, tmp_path):
+    """FlashInfer's JIT builds them where they are used, on a GPU; that they compile is known before."""
+    folders = {libinfo.find_include_path(), libinfo.find_dlpack_include_path()}
+    flags = ["-std=c++17", "-arch=sm_90a", "-cubin", "-Werror=all-warnings", *(f"-I{folder}" for folder in folders)]
+    command = [jit.nvcc_path(), *flags, "-o", tmp_path / "kernels.cubin", ROOT / source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

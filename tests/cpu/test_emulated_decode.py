@@ -18,8 +18,8 @@ BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torc
 def assert_right(problem):
     o, lse, lib = emulated.run(problem)
     expected, expected_lse = emulated.reference(problem)
-    # One rounding of the result, and one of every probability: 2^-8 of the largest for bf16, 2^-11 for half. With fp8 KV
-    # the probabilities are half, the result is what the query is.
+    # One rounding of the result, and one of every probability: 2^-8 of the largest for bf16, 2^-11 for half. With fp8
+    # KV the probabilities are half, the result is what the query is.
     epsilon = 2.0**-8 if (problem.o_dtype or problem.q.dtype) is BF16 or problem.q.dtype is BF16 else 2.0**-11
     scale = expected.abs().amax(dim=2, keepdim=True).clamp_min(1e-3)
     assert not o.isnan().any(), "an output was not written, or memory behind a request's end was read"
@@ -36,7 +36,9 @@ LENGTHS = [0, 1, 15, 16, 17, 33, 100, 257, 0]
 @pytest.mark.parametrize("page_size", [1, 2, 3, 5, 8, 16, 32, 64])
 @pytest.mark.parametrize("hnd", [False, True], ids=["NHD", "HND"])
 def test_page_sizes_and_layouts(page_size, hnd):
-    assert_right(make_problem(LENGTHS, heads_q=8, heads_kv=2, page_size=page_size, hnd=hnd, one_tensor=page_size % 2 == 0))
+    assert_right(
+        make_problem(LENGTHS, heads_q=8, heads_kv=2, page_size=page_size, hnd=hnd, one_tensor=page_size % 2 == 0)
+    )
 
 
 @pytest.mark.parametrize("group", range(1, 17))
@@ -48,7 +50,11 @@ def test_group_sizes(group):
 @pytest.mark.parametrize("kv_dtype", [None, E4M3, E5M2], ids=["kv=q", "e4m3", "e5m2"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
 def test_dtypes_and_head_dims(dtype, kv_dtype, head_dim):
-    assert_right(make_problem([300, 20, 1], heads_q=8, heads_kv=2, dtype=dtype, kv_dtype=kv_dtype, head_dim=head_dim, page_size=4))
+    assert_right(
+        make_problem(
+            [300, 20, 1], heads_q=8, heads_kv=2, dtype=dtype, kv_dtype=kv_dtype, head_dim=head_dim, page_size=4
+        )
+    )
 
 
 def test_output_of_another_type_and_no_lse():
@@ -61,7 +67,9 @@ def test_output_of_another_type_and_no_lse():
 @pytest.mark.parametrize("window_left", [0, 1, 15, 16, 50, 1000])
 @pytest.mark.parametrize("q_len", [1, 3])
 def test_sliding_window(window_left, q_len):
-    assert_right(make_problem([300, 20, 7, 101], heads_q=4, heads_kv=2, window_left=window_left, q_len=q_len, page_size=16))
+    assert_right(
+        make_problem([300, 20, 7, 101], heads_q=4, heads_kv=2, window_left=window_left, q_len=q_len, page_size=16)
+    )
 
 
 @pytest.mark.parametrize("q_len", [2, 3, 4, 8])
@@ -160,7 +168,14 @@ def test_the_newest_token_may_be_written_until_the_dependencies_end():
     places = []
     for r, length in enumerate([130, 5, 16, 77, 1]):
         page = int(problem.indices[problem.indptr[r] + (length - 1) // 4])
-        places.append((page, (length - 1) % 4, problem.k[page, (length - 1) % 4].clone(), problem.v[page, (length - 1) % 4].clone()))
+        places.append(
+            (
+                page,
+                (length - 1) % 4,
+                problem.k[page, (length - 1) % 4].clone(),
+                problem.v[page, (length - 1) % 4].clone(),
+            )
+        )
         problem.k[page, (length - 1) % 4] = math.nan
         problem.v[page, (length - 1) % 4] = math.nan
 
@@ -218,7 +233,9 @@ print("clean")
 """
     path = os.pathsep.join(sys.path)
     environment = emulated.emulator.sanitizer_environment() | {"PYTHONPATH": path}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0 and result.stdout.strip() == "clean", result.stderr[-4000:]
 
 
@@ -235,6 +252,6 @@ print("clean")
 )
 def test_any_batch(lengths, page_size, heads_kv, group, blocks, warps, min_tiles, seed):
     assert_right(
-        make_problem(lengths, heads_q=heads_kv * group, heads_kv=heads_kv, page_size=page_size, blocks=blocks, warps=warps,
-                     min_tiles=min_tiles, seed=seed, levers=(seed % 3, seed % 4, 0, 0, seed % 2))
+        make_problem(lengths, heads_q=heads_kv * group, heads_kv=heads_kv, page_size=page_size, blocks=blocks,
+                     warps=warps, min_tiles=min_tiles, seed=seed, levers=(seed % 3, seed % 4, 0, 0, seed % 2))
     )  # fmt: skip

@@ -1,5 +1,5 @@
-"""From the wrapper's Python down to the kernel, on the CPU: csrc/decode.cu with its checks, exported through tvm-ffi and
-launching into the emulator, under the wrapper as a GPU's user has it."""
+"""From the wrapper's Python down to the kernel, on the CPU: csrc/decode.cu with its checks, exported through tvm-ffi,
+launches into the emulator, under the wrapper as a GPU's user has it."""
 
 import functools
 
@@ -54,12 +54,18 @@ def assert_wrapper_is_right(batch, kv_layout="NHD", wrapper=None, plan=None, run
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("page_size", [1, 5, 16])
 def test_layouts(kv_layout, page_size):
-    assert_wrapper_is_right(make_batch([40, 1, 0, 130], dtype=BF16, kv_layout=kv_layout, page_size=page_size), kv_layout)
+    assert_wrapper_is_right(
+        make_batch([40, 1, 0, 130], dtype=BF16, kv_layout=kv_layout, page_size=page_size), kv_layout
+    )
 
 
-@pytest.mark.parametrize("dtype, kv_dtype, head_dim", [(F16, F16, 128), (BF16, E4M3, 128), (F16, E5M2, 64), (BF16, BF16, 256)])
+@pytest.mark.parametrize(
+    "dtype, kv_dtype, head_dim", [(F16, F16, 128), (BF16, E4M3, 128), (F16, E5M2, 64), (BF16, BF16, 256)]
+)
 def test_dtypes(dtype, kv_dtype, head_dim):
-    assert_wrapper_is_right(make_batch([40, 77], dtype=dtype, kv_dtype=kv_dtype, head_dim=head_dim), run={"k_scale": 0.5, "v_scale": 2.0})
+    assert_wrapper_is_right(
+        make_batch([40, 77], dtype=dtype, kv_dtype=kv_dtype, head_dim=head_dim), run={"k_scale": 0.5, "v_scale": 2.0}
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,12 @@ def test_a_graphs_buffers_may_change_without_a_new_plan():
         for buffer, values in zip(buffers, batch.table, strict=True):
             buffer[: len(values)] = values
         expected, _ = reference.batch_decode(
-            batch.q, batch.cache[:, 0], batch.cache[:, 1], *batch.table, sm_scale=batch.shape[2] ** -0.5, out_dtype=torch.float32
+            batch.q,
+            batch.cache[:, 0],
+            batch.cache[:, 1],
+            *batch.table,
+            sm_scale=batch.shape[2] ** -0.5,
+            out_dtype=torch.float32,
         )
         torch.testing.assert_close(wrapper.run(batch.q, batch.cache).float(), expected, rtol=2e-2, atol=2e-2)
 
@@ -148,8 +159,8 @@ def module_arguments(problem, **changes):
         problem.q.shape[2], problem.q.shape[2], empty, empty,
     )  # fmt: skip
     arguments = {
-        "float_workspace": workspace(), "counters": torch.zeros(64, dtype=torch.int32), "plan_info": plan, "q": problem.q,
-        "k": problem.k, "v": problem.v, "indptr": problem.indptr, "indices": problem.indices,
+        "float_workspace": workspace(), "counters": torch.zeros(64, dtype=torch.int32), "plan_info": plan,
+        "q": problem.q, "k": problem.k, "v": problem.v, "indptr": problem.indptr, "indices": problem.indices,
         "last_page_len": problem.last_page_len, "o": torch.empty_like(problem.q),
         "lse": torch.empty(problem.q.shape[:2]), "layout": 0, "window_left": -1, "pdl": True, "sinks": None,
         "soft_cap": 0.0, "sm_scale": 0.1, "v_scale": 1.0, "q_len": problem.q_len, "prefetch": [0, 0, 0, 0, 0],
@@ -166,18 +177,54 @@ BAD_INPUT = {
     "q of another type": (bad(q=torch.zeros(2, 4, 128)), TypeError, "q: expected dtype bfloat16, got float32"),
     "q of another rank": (bad(q=torch.zeros(2, 512, dtype=BF16)), ValueError, "q: expected 3 dimensions, got 2"),
     "q of another batch": (bad(q=torch.zeros(3, 4, 128, dtype=BF16)), ValueError, "q: expected shape"),
-    "q misaligned": (bad(q=torch.zeros(2 * 4 * 128 + 1, dtype=BF16)[1:].view(2, 4, 128)), ValueError, "q: expected an address"),
-    "heads that do not divide": (bad(q=torch.zeros(2, 5, 128, dtype=BF16)), ValueError, "num_qo_heads: expected a positive multiple"),
+    "q misaligned": (
+        bad(q=torch.zeros(2 * 4 * 128 + 1, dtype=BF16)[1:].view(2, 4, 128)),
+        ValueError,
+        "q: expected an address",
+    ),
+    "heads that do not divide": (
+        bad(q=torch.zeros(2, 5, 128, dtype=BF16)),
+        ValueError,
+        "num_qo_heads: expected a positive multiple",
+    ),
     "too many rows": (bad(q=torch.zeros(2, 34, 128, dtype=BF16)), ValueError, "at most 16 query rows"),
-    "k of another head_dim": (bad(k=torch.zeros(9, 1, 2, 64, dtype=BF16)), ValueError, "paged_k_cache: expected a contiguous last dimension of 128"),
-    "k misaligned": (bad(k=torch.zeros(9 * 2 * 128 + 4, dtype=BF16)[4:].view(9, 1, 2, 128)), ValueError, "paged_k_cache: expected a 16-byte aligned"),
+    "k of another head_dim": (
+        bad(k=torch.zeros(9, 1, 2, 64, dtype=BF16)),
+        ValueError,
+        "paged_k_cache: expected a contiguous last dimension of 128",
+    ),
+    "k misaligned": (
+        bad(k=torch.zeros(9 * 2 * 128 + 4, dtype=BF16)[4:].view(9, 1, 2, 128)),
+        ValueError,
+        "paged_k_cache: expected a 16-byte aligned",
+    ),
     "odd strides": (bad(k=torch.zeros(9, 1, 2, 132, dtype=BF16)[..., :128]), ValueError, "multiples of 16 bytes"),
-    "v of another shape": (bad(v=torch.zeros(9, 1, 2, 128, dtype=BF16)), ValueError, "paged_v_cache: expected paged_k_cache's shape"),
-    "indptr too short": (bad(indptr=torch.zeros(2, dtype=torch.int32)), ValueError, "paged_kv_indptr: expected at least 3"),
-    "int64 indices": (bad(indices=torch.zeros(9, dtype=torch.int64)), TypeError, "paged_kv_indices: expected dtype int32"),
-    "out not contiguous": (bad(o=torch.zeros(2, 128, 4, dtype=BF16).transpose(1, 2)), ValueError, "out: expected a contiguous"),
+    "v of another shape": (
+        bad(v=torch.zeros(9, 1, 2, 128, dtype=BF16)),
+        ValueError,
+        "paged_v_cache: expected paged_k_cache's shape",
+    ),
+    "indptr too short": (
+        bad(indptr=torch.zeros(2, dtype=torch.int32)),
+        ValueError,
+        "paged_kv_indptr: expected at least 3",
+    ),
+    "int64 indices": (
+        bad(indices=torch.zeros(9, dtype=torch.int64)),
+        TypeError,
+        "paged_kv_indices: expected dtype int32",
+    ),
+    "out not contiguous": (
+        bad(o=torch.zeros(2, 128, 4, dtype=BF16).transpose(1, 2)),
+        ValueError,
+        "out: expected a contiguous",
+    ),
     "lse of another shape": (bad(lse=torch.zeros(2, 3)), ValueError, "lse: expected a contiguous tensor of shape"),
-    "workspace too small": (bad(float_workspace=workspace(64)), ValueError, "float_workspace_buffer: expected at least"),
+    "workspace too small": (
+        bad(float_workspace=workspace(64)),
+        ValueError,
+        "float_workspace_buffer: expected at least",
+    ),
     "counters too few": (bad(counters=torch.zeros(3, dtype=torch.int32)), ValueError, "counters: expected at least"),
     "window not compiled in": (bad(window_left=5), ValueError, "window_left"),
     "soft cap not compiled in": (bad(soft_cap=5.0), ValueError, "logits_soft_cap"),
@@ -225,7 +272,9 @@ def test_workspace_size_is_what_plan_asks_for():
 def test_a_workspace_that_is_too_small_goes_to_flashinfer():
     batch = make_batch([40], dtype=BF16)
     wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(1024))
-    spec = wrapper._spec(torch.int32, 1, *batch.shape, "NONE", -1, None, BF16, BF16, None, None, None, False, 1, 0, None)
+    spec = wrapper._spec(
+        torch.int32, 1, *batch.shape, "NONE", -1, None, BF16, BF16, None, None, None, False, 1, 0, None
+    )
     choice = decision.decide(spec, 1 << 20, workspace(1024), torch.empty(0), torch.empty(0)).choice
     assert choice.kernel == "flashinfer" and "float workspace holds 1024 bytes" in choice.reason
 
@@ -241,7 +290,10 @@ def test_another_grid_gives_the_same_answer():
         torch.testing.assert_close(arguments[9].double(), emulated.reference(problem)[0], rtol=2e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("grid, name", [((0, 8, 1), "blocks"), ((1025, 8, 1), "blocks"), ((5, 9, 1), "warps"), ((5, 8, 0), "min_tiles_per_warp")])
+@pytest.mark.parametrize(
+    "grid, name",
+    [((0, 8, 1), "blocks"), ((1025, 8, 1), "blocks"), ((5, 9, 1), "warps"), ((5, 8, 0), "min_tiles_per_warp")],
+)
 def test_a_grid_beyond_the_kernel_is_refused(grid, name):
     module, arguments = module_arguments(emulated.make_problem([40], heads_q=4, heads_kv=2))
     with pytest.raises(ValueError, match=f"{name}: expected 1 to"):

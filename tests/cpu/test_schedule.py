@@ -64,7 +64,7 @@ def test_segments_hold_every_tile_once_in_order(lengths, heads, blocks, warps):
 @pytest.mark.parametrize("window_left", [-1, 40])
 @pytest.mark.parametrize("lengths", [[500], [40, 0, 333, 16, 1], [64] * 12])
 def test_the_kernel_cuts_where_the_host_does(lengths, window_left):
-    """The window op asks for the first tile of every warp's piece: which rows those are is the kernel's own schedule."""
+    """The window op asks for the first tile of every warp's piece, and so shows the kernel's own schedule."""
     heads, blocks, warps, page_size = 2, 5, 3, 16
     problem = emulated.make_problem(
         lengths, heads_q=4, heads_kv=heads, page_size=page_size, blocks=blocks, warps=warps, window_left=window_left

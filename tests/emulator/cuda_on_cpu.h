@@ -126,12 +126,12 @@ inline T __reduce_max_sync(uint32_t mask, T value, Site site = Site::current()) 
 
 // ---- global memory ------------------------------------------------------------------------------------------------
 
-#define EMULATOR_LOAD(name, first)                                              \
-  template <typename T>                                                         \
-  inline T name(const T* address, Site site = Site::current()) {                \
-    emulator::check_global(#name, address, sizeof(T), sizeof(T), site);         \
-    first;                                                                      \
-    return *address;                                                            \
+#define EMULATOR_LOAD(name, first)                                      \
+  template <typename T>                                                 \
+  inline T name(const T* address, Site site = Site::current()) {        \
+    emulator::check_global(#name, address, sizeof(T), sizeof(T), site); \
+    first;                                                              \
+    return *address;                                                    \
   }
 EMULATOR_LOAD(__ldg, )
 EMULATOR_LOAD(__ldcs, )
@@ -139,12 +139,12 @@ EMULATOR_LOAD(__ldcs, )
 EMULATOR_LOAD(__ldcg, emulator::suspend())
 #undef EMULATOR_LOAD
 
-#define EMULATOR_STORE(name)                                                                           \
-  template <typename T>                                                                                \
-  inline void name(T* address, std::common_type_t<T> value, Site site = Site::current()) {             \
-    emulator::check_global(#name, address, sizeof(T), sizeof(T), site);                                \
-    emulator::check_dependencies_ended(#name, site);                                                   \
-    *address = value;                                                                                  \
+#define EMULATOR_STORE(name)                                                               \
+  template <typename T>                                                                    \
+  inline void name(T* address, std::common_type_t<T> value, Site site = Site::current()) { \
+    emulator::check_global(#name, address, sizeof(T), sizeof(T), site);                    \
+    emulator::check_dependencies_ended(#name, site);                                       \
+    *address = value;                                                                      \
   }
 EMULATOR_STORE(__stcg)
 EMULATOR_STORE(__stcs)
@@ -175,10 +175,10 @@ inline T atomic(const char* operation, T* address, Site site, Update&& update) {
 }
 }  // namespace emulator
 
-#define EMULATOR_ATOMIC(name, updated)                                                       \
-  template <typename T>                                                                      \
-  inline T name(T* address, std::common_type_t<T> value, Site site = Site::current()) {      \
-    return emulator::atomic(#name, address, site, [=](T old) -> T { return updated; });      \
+#define EMULATOR_ATOMIC(name, updated)                                                  \
+  template <typename T>                                                                 \
+  inline T name(T* address, std::common_type_t<T> value, Site site = Site::current()) { \
+    return emulator::atomic(#name, address, site, [=](T old) -> T { return updated; }); \
   }
 EMULATOR_ATOMIC(atomicAdd, old + value)
 EMULATOR_ATOMIC(atomicExch, value)
@@ -232,14 +232,18 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmin(static_cast<T>(a), static_cast<T>(b));
-  else return static_cast<T>(b) < static_cast<T>(a) ? b : a;
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmin(static_cast<T>(a), static_cast<T>(b));
+  else
+    return static_cast<T>(b) < static_cast<T>(a) ? b : a;
 }
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> max(A a, B b) {
   using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmax(static_cast<T>(a), static_cast<T>(b));
-  else return static_cast<T>(a) < static_cast<T>(b) ? b : a;
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmax(static_cast<T>(a), static_cast<T>(b));
+  else
+    return static_cast<T>(a) < static_cast<T>(b) ? b : a;
 }
 
 // The headers have no host version of these. Templates, so that a header that has one is preferred.

@@ -170,7 +170,7 @@ struct Lane {
   uint3 index{};   // threadIdx
   Wait wait{};
   void* operands = nullptr;
-  std::vector<Copy> copies;  // oldest first; a copy leaves when a wait covers it ...
+  std::vector<Copy> copies;           // oldest first; a copy leaves when a wait covers it ...
   std::vector<uint8_t*> unpublished;  // ... then only this lane sees it until a barrier; flags in Block::hidden
   int64_t groups_committed = 0;
   bool waited_for_dependencies = false, launched_dependents = false;
@@ -191,7 +191,7 @@ struct Block {
   static constexpr size_t kGuardBytes = 1024;  // on either side of the shared memory
   static constexpr uint8_t kGuard = 0xA5;
   static constexpr size_t kAlignment = 1024;  // what csrc/ptx.cuh declares of the dynamic shared memory
-  uint3 index{};  // blockIdx
+  uint3 index{};                              // blockIdx
   bool running = false;
   std::unique_ptr<Lane[]> lanes;
   std::vector<Warp> warps;
@@ -231,10 +231,11 @@ struct Prefetch {
   int32_t before_dependencies;  // 0 or 1: this thread had not yet returned from wait_for_dependencies
 };
 
-#define EMULATOR_STATISTICS(X)                                                                                    \
-  X(prefetches) X(prefetched_bytes) X(copies) X(copied_bytes) X(copies_evict_first) X(waits_for_dependencies)     \
-  X(launches_of_dependents) X(threads) X(threads_that_waited) X(threads_that_launched) X(matrix_loads)            \
-  X(matrix_load_conflicts) X(multiply_adds) X(shuffles) X(barriers) X(atomics) X(fences) X(rounds)
+#define EMULATOR_STATISTICS(X)                                                                             \
+  X(prefetches)                                                                                            \
+  X(prefetched_bytes) X(copies) X(copied_bytes) X(copies_evict_first) X(waits_for_dependencies)            \
+      X(launches_of_dependents) X(threads) X(threads_that_waited) X(threads_that_launched) X(matrix_loads) \
+          X(matrix_load_conflicts) X(multiply_adds) X(shuffles) X(barriers) X(atomics) X(fences) X(rounds)
 
 /// Counts over one launch. matrix_load_conflicts: extra shared-memory cycles of ldmatrix because of bank conflicts.
 struct Statistics {
@@ -309,7 +310,7 @@ class FaultTrap {
     alternate.ss_sp = stack;
     alternate.ss_size = sizeof(stack);
     sigaltstack(&alternate, &old_stack_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     action.sa_sigaction = [](int number, siginfo_t* info, void*) {
       const int64_t rounds = machine.statistics.rounds;
@@ -582,16 +583,18 @@ inline void run_grid() {
   const FaultTrap trap;
   if (const int number = sigsetjmp(FaultTrap::resume, 1)) {
     char text[256];
-    if (number == SIGVTALRM) strcpy(text, "the thread does not end, some time after this place");
-    else snprintf(text, sizeof(text), "%s at %p, some time after this place", strsignal(number), FaultTrap::address);
+    if (number == SIGVTALRM)
+      strcpy(text, "the thread does not end, some time after this place");
+    else
+      snprintf(text, sizeof(text), "%s at %p, some time after this place", strsignal(number), FaultTrap::address);
     machine.error = error_at(current->wait.site, text);
   }
   while (machine.error.empty()) {
     for (size_t b = 0; b < resident; ++b) {
       if (machine.blocks[b]->running || started == total_blocks) continue;
       const uint32_t i = order[started++];
-      start_block(*machine.blocks[b], {i % launch.grid.x, i / launch.grid.x % launch.grid.y,
-                                       i / launch.grid.x / launch.grid.y});
+      start_block(*machine.blocks[b],
+                  {i % launch.grid.x, i / launch.grid.x % launch.grid.y, i / launch.grid.x / launch.grid.y});
     }
     Warp* warp = nullptr;
     bool any_running = false, any_at_dependencies = false;
@@ -742,10 +745,9 @@ inline void wait_for_copies(int pending_groups) {
 inline void record_prefetch(const void* address, uint32_t bytes, bool evict_last) {
   machine.statistics.prefetches += 1;
   machine.statistics.prefetched_bytes += bytes;
-  machine.prefetches.push_back({reinterpret_cast<uint64_t>(address), bytes,
-                                linear(current->warp->block->index, machine.launch.grid),
-                                linear(current->index, machine.launch.block), evict_last,
-                                !current->waited_for_dependencies});
+  machine.prefetches.push_back(
+      {reinterpret_cast<uint64_t>(address), bytes, linear(current->warp->block->index, machine.launch.grid),
+       linear(current->index, machine.launch.block), evict_last, !current->waited_for_dependencies});
 }
 
 }  // namespace emulator

@@ -34,8 +34,8 @@ constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x14F0000000
 FI_PREFETCH_DEVICE uint64_t policy_evict_first() { return kEvictFirst; }
 FI_PREFETCH_DEVICE uint64_t policy_evict_normal() { return kEvictNormal; }
 
-FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes,
-                                      uint64_t policy, Site site = Site::current()) {
+FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes, uint64_t policy,
+                                      Site site = Site::current()) {
   if (policy != kEvictFirst && policy != kEvictNormal) emulator::fail(site, "copy_async_16: not an L2 policy");
   machine.statistics.copies_evict_first += policy == kEvictFirst;
   emulator::copy_async(destination, source, source_bytes, site);
@@ -128,8 +128,7 @@ FI_PREFETCH_DEVICE void load_matrix_x4(uint32_t (&r)[4], uint32_t row_address, S
   load_matrix("load_matrix_x4", false, r, row_address, site);
 }
 
-FI_PREFETCH_DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t row_address,
-                                                  Site site = Site::current()) {
+FI_PREFETCH_DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t row_address, Site site = Site::current()) {
   load_matrix("load_matrix_x4_transposed", true, r, row_address, site);
 }
 

@@ -61,7 +61,6 @@ def main() -> None:
     models = {engine["model"] for engine in asked["engines"].values()}
     import_few_models(models)
     import sglang
-
     import tiny_models
 
     for model in models:

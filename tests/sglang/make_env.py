@@ -4,9 +4,9 @@
     python tests/sglang/make_env.py            make what is missing or out of date
     python tests/sglang/make_env.py --fresh    make all anew
 
-Each is a virtual environment of the Python that runs this, which must have torch; that is linked to, not
-installed again. fi_prefetch is installed from this tree, editable, so that SGLang finds its plugin as it would find an
-installed wheel's, and a changed source needs no new environment.
+Each is a virtual environment of the Python that runs this, which must have torch; that is linked to, not installed
+again. fi_prefetch is installed from this tree, editable, so that SGLang finds its plugin as it would find an installed
+wheel's, and a changed source needs no new environment.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 HOME = HERE / ".venv"
+REQUIREMENTS = HERE / "requirements"
 RELEASES = ("0.5.16", "0.5.23")
 COMMAND = "python tests/sglang/make_env.py"
+
+CHECK = """
+import importlib.metadata, fi_prefetch, torch
+assert importlib.metadata.entry_points(group="sglang.srt.plugins")["fi_prefetch"]
+"""
 
 
 def python_of(release: str) -> Path:
@@ -35,30 +41,38 @@ def python_of(release: str) -> Path:
     return HOME / release / "bin" / "python"
 
 
-def wanted(release: str) -> str:
-    """What an environment is made from, as a hash; it is out of date when this changes."""
-    digest = hashlib.sha256(f"{sys.version} {sys.executable} {importlib.metadata.version('torch')}".encode())
-    for path in (Path(__file__), *(HERE / "requirements" / f"{name}.txt" for name in ("common", release))):
-        digest.update(path.read_bytes())
-    # The plugin's entry point and the package's version are read at installation.
-    digest.update((ROOT / "pyproject.toml").read_bytes())
-    return digest.hexdigest()
-
-
 def is_ready(release: str) -> bool:
-    stamp = HOME / release / "made-from"
-    return stamp.is_file() and stamp.read_text() == wanted(release)
+    """Whether a release's environment is there and is made from what is in the tree now."""
+    return all(is_made(part, source) for part, source in parts(release).items())
 
 
-def pip(*arguments: str | Path) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
-    subprocess.run(command, check=True)
+def parts(release: str) -> dict[Path, str]:
+    """What a release's environment consists of: a stamp for each part, and what it must say."""
+    interpreter = f"{sys.version} {sys.executable} torch {importlib.metadata.version('torch')}"
+    common, own = ((REQUIREMENTS / f"{name}.txt").read_text() for name in ("common", release))
+    return {
+        HOME / "torch" / "made-from": hash_of(interpreter),
+        HOME / "common" / "made-from": hash_of(interpreter, common),
+        HOME / release / "made-from": hash_of(interpreter, own),
+        # Entry points are read at installation, sources are not.
+        HOME / release / "package-made-from": hash_of(interpreter, own, (ROOT / "pyproject.toml").read_text()),
+    }
+
+
+def hash_of(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def is_made(stamp: Path, source: str) -> bool:
+    return stamp.is_file() and stamp.read_text() == source
 
 
 def install(*arguments: str | Path, python: Path | None = None) -> None:
     """Installs exactly what is named. Byte code is left to the first import, which compiles what is used."""
-    interpreter = () if python is None else ("--python", python)
-    pip(*interpreter, "install", "--quiet", "--no-deps", "--no-compile", *arguments)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    interpreter = [] if python is None else ["--python", str(python)]
+    install_command = ["install", "--quiet", "--no-deps", "--no-compile", *map(str, arguments)]
+    subprocess.run(pip + interpreter + install_command, check=True)
 
 
 def closure(name: str, seen: dict[str, importlib.metadata.Distribution]) -> None:
@@ -87,8 +101,6 @@ def link_torch(folder: Path) -> None:
     folder.mkdir(parents=True)
     found: dict[str, importlib.metadata.Distribution] = {}
     closure("torch", found)
-    if "torch" not in found:
-        sys.exit(f"torch is not installed in {sys.executable}; install its CPU build first")
     for distribution in found.values():
         base = Path(str(distribution.locate_file("")))
         for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
@@ -97,18 +109,36 @@ def link_torch(folder: Path) -> None:
                 target.symlink_to(base / top)
 
 
-def make(release: str) -> None:
+def make_release(release: str) -> None:
+    """A virtual environment with SGLang in it, which also sees the shared folders."""
     folder = HOME / release
-    shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, symlinks=True, with_pip=False)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
     (site / "shared.pth").write_text(f"{HOME / 'common'}\n{HOME / 'torch'}\n")
-    python = python_of(release)
-    install("-r", HERE / "requirements" / f"{release}.txt", python=python)
-    install("--editable", ROOT, python=python)
-    check = "import fi_prefetch, importlib.metadata as m; assert m.entry_points(group='sglang.srt.plugins'); import torch"
-    subprocess.run([python, "-c", check], check=True, env=os.environ | {"PYTHONPATH": ""})
-    (folder / "made-from").write_text(wanted(release))
+    install("-r", REQUIREMENTS / f"{release}.txt", python=python_of(release))
+
+
+def make_package(release: str) -> None:
+    """fi_prefetch in a release's environment."""
+    install("--editable", ROOT, python=python_of(release))
+    subprocess.run([python_of(release), "-c", CHECK], check=True, env=os.environ | {"PYTHONPATH": ""})
+
+
+def make(release: str) -> None:
+    """Makes those parts of a release's environment that are missing or out of date."""
+    makers = (
+        lambda: link_torch(HOME / "torch"),
+        lambda: install("--target", HOME / "common", "-r", REQUIREMENTS / "common.txt"),
+        lambda: make_release(release),
+        lambda: make_package(release),
+    )
+    for (stamp, source), maker in zip(parts(release).items(), makers, strict=True):
+        if is_made(stamp, source):
+            continue
+        if stamp.name == "made-from":
+            shutil.rmtree(stamp.parent, ignore_errors=True)
+        maker()
+        stamp.write_text(source)
 
 
 def main() -> None:
@@ -116,19 +146,14 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="make all anew")
     if parser.parse_args().fresh:
         shutil.rmtree(HOME, ignore_errors=True)
-    missing = [release for release in RELEASES if not is_ready(release)]
-    if missing:
+    try:
+        importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        sys.exit(f"torch is not installed in {sys.executable}; install its CPU build first")
+    for release in RELEASES:
         began = time.monotonic()
-        shutil.rmtree(HOME / "torch", ignore_errors=True)
-        link_torch(HOME / "torch")
-        shutil.rmtree(HOME / "common", ignore_errors=True)
-        install("--target", HOME / "common", "-r", HERE / "requirements" / "common.txt")
-        for release in RELEASES:
-            make(release)
-            print(f"SGLang {release}: {python_of(release)}")
-        print(f"made in {time.monotonic() - began:.0f} s")
-    else:
-        print("the environments are up to date")
+        make(release)
+        print(f"SGLang {release}: {python_of(release)} ({time.monotonic() - began:.0f} s)")
 
 
 if __name__ == "__main__":

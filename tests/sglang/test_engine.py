@@ -47,7 +47,10 @@ GEMMA_BATCHES = {
         "prompts": [prompt(length) for length in (5, 30, 34, 120)],
         "new_tokens": 20,
     },
-    "more requests than a graph holds": {"prompts": [prompt(length) for length in (1, 31, 33, 50, 90)], "new_tokens": 8},
+    "more requests than a graph holds": {
+        "prompts": [prompt(length) for length in (1, 31, 33, 50, 90)],
+        "new_tokens": 8,
+    },
 }
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 # Prefill by torch_native, decode by ours, from an 8-bit cache in pages of 16 tokens, which SGLang allocates by Triton.
@@ -155,4 +158,4 @@ def test_gpu_path_decoded_by_graphs(answers: Answers, model: str, rows: int, gra
 
 @pytest.mark.parametrize("model", ["llama", "gemma2"])
 def test_gpu_path_decoded_without_graphs(answers: Answers, model: str) -> None:
-    assert "gpu_path: decode of 5 without a graph" in answers.log(f"{model} gpu path")
+    assert re.search(r"gpu_path: decode of ([5-9]|\d\d+) without a graph", answers.log(f"{model} gpu path"))

@@ -63,12 +63,13 @@ def import_flashinfer_backend() -> None:
 
 def create(runner: Any) -> Any:
     import_flashinfer_backend()
-    from fi_prefetch.sglang import named_backends
-    from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend
-    from fi_prefetch.sglang.decode_wrapper import ServedDecodeWrapper
     from sglang.srt.layers.attention.flashinfer_backend import DecodeMetadata
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from fi_prefetch.sglang import named_backends
+    from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend
+    from fi_prefetch.sglang.decode_wrapper import ServedDecodeWrapper
 
     named_backends.do_without_triton()
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.layers.radix_attention import RadixAttention
+
 from fi_prefetch.sglang import layers, named_backends, promises, settings
 from fi_prefetch.sglang.backend import create_backend
 from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend
-from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-from sglang.srt.layers.radix_attention import RadixAttention
 
 
 def runner(**changes: Any) -> Any:
@@ -145,9 +146,7 @@ def test_layers_come_in_the_order_of_their_numbers() -> None:
         (True, "all_but_last_token", "page_table", "another stream"),
     ],
 )
-def test_promise(
-    monkeypatch: pytest.MonkeyPatch, pdmux: bool, variable: str | None, ready: str, reason: str
-) -> None:
+def test_promise(monkeypatch: pytest.MonkeyPatch, pdmux: bool, variable: str | None, ready: str, reason: str) -> None:
     monkeypatch.delenv(settings.READY_VARIABLE, raising=False)
     if variable is not None:
         monkeypatch.setenv(settings.READY_VARIABLE, variable)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from fi_prefetch.sglang import plugin
 from sglang.srt import server_args as arguments
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+from fi_prefetch.sglang import plugin
 
 LISTS = ("ATTENTION_BACKEND_CHOICES", "DETERMINISTIC_ATTENTION_BACKEND_CHOICES")
 
@@ -35,9 +36,7 @@ def test_registering_again_adds_nothing(name: str) -> None:
     assert getattr(arguments, name).count("fi_prefetch") == 1
 
 
-@pytest.mark.parametrize(
-    "flag", ["attention-backend", "decode-attention-backend", "prefill-attention-backend"]
-)
+@pytest.mark.parametrize("flag", ["attention-backend", "decode-attention-backend", "prefill-attention-backend"])
 def test_flag_takes_the_choice(model: str, flag: str) -> None:
     parsed = parse(model, f"--{flag}", "fi_prefetch")
     assert getattr(parsed, flag.replace("-", "_")) == "fi_prefetch"

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend, _DecodePageTable
-from fi_prefetch.sglang.decode_wrapper import ServedDecodeWrapper
 from gpu_path_plugin import CpuForCuda
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferIndicesUpdaterDecode
+
+from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend, _DecodePageTable
+from fi_prefetch.sglang.decode_wrapper import ServedDecodeWrapper
 
 LENGTHS = torch.tensor([3, 1, 7])
 ROWS = torch.tensor([2, 0, 4])
@@ -171,14 +172,12 @@ def backend_for_graphs() -> FiPrefetchAttnBackend:
     backend._serves = True
     backend._graph_wrappers = {}
     backend.num_wrappers = 1
-    backend.dispatch_reason = None
     backend.workspace_buffer = WORKSPACE
     backend.decode_use_tensor_cores = True
     backend._promise = SimpleNamespace(ready="page_table")
     backend.kv_indptr = [torch.zeros(9, dtype=torch.int32)]
     backend.kv_last_page_len = torch.ones(8, dtype=torch.int32)
     backend.cuda_graph_kv_indices = [torch.zeros(8 * TABLE_WIDTH, dtype=torch.int32)]
-    backend.req_to_token_pool = SimpleNamespace(req_to_token=torch.zeros(6, TABLE_WIDTH))
     return backend
 
 
@@ -187,9 +186,3 @@ def test_second_capture_of_a_batch_size_keeps_the_first_ones_wrapper() -> None:
     first = backend._create_decode_wrappers(4, 4)
     assert backend._create_decode_wrappers(4, 4) is first
     assert backend._create_decode_wrappers(2, 2) is not first
-
-
-def test_graphs_table_is_as_large_as_its_batch_can_need() -> None:
-    """The prefetch policy takes the buffer's size for the most that a call may read."""
-    (wrapper,) = backend_for_graphs()._create_decode_wrappers(4, 4)
-    assert wrapper._paged_kv_indices_buf.shape == (4 * TABLE_WIDTH,)

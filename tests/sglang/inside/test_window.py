@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from fi_prefetch.sglang import window
 from sglang.srt.layers.radix_attention import RadixAttention
+
+from fi_prefetch.sglang import window
 
 LAYERS = [RadixAttention(6, 64, 0.125, 2, number) for number in range(3)]
 
