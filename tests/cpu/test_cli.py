@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from fi_prefetch import __version__, cli, evidence
+from fi_prefetch import __version__, cli, evidence, gpu_check
 from fi_prefetch.bench import environment
 from fi_prefetch.bench.shapes import MODELS, Shape, parse_lens
+from fi_prefetch.device import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,16 +168,50 @@ def test_report_prints_tables_and_draws(tmp_path: Path) -> None:
 # ---- evidence ------------------------------------------------------------------------------------------------------
 
 
-def test_what_has_not_run_is_declared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with everything that a record's hash covers."""
     for name in ("csrc/decode.cu", *evidence.LAUNCH_FILES):
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / name).write_text(name)
-    (tree / "tests").mkdir()
-    monkeypatch.setattr(cli, "checkout", lambda: tree)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "tests").mkdir()
+    monkeypatch.setattr(cli, "checkout", lambda: tmp_path)
+    return tmp_path
+
+
+def test_what_has_not_run_is_declared(tree: Path) -> None:
     succeed("check", "--declare-not-run")
     record = evidence.load(tree / evidence.EVIDENCE_FILE)
     assert evidence.judge(record, evidence.tree_hash(tree)).state == evidence.NOT_RUN
+
+
+def test_a_record_is_made_part_by_part(monkeypatch: pytest.MonkeyPatch, tree: Path) -> None:
+    """The suite and the tools may run in different calls: the record is whole when the last one has passed."""
+    path = tree / evidence.EVIDENCE_FILE
+    monkeypatch.setattr(cli, "has_gpu", lambda: True)
+    monkeypatch.setattr(environment, "require_gpu", lambda: describe("NVIDIA H200", (9, 0), 132, 1))
+    monkeypatch.setattr(gpu_check, "run_suite", lambda *_: evidence.Counts(2500, 0, 0))
+    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda *_: evidence.Counts(80, 0, 0))
+
+    def state() -> tuple[str, str]:
+        verdict = evidence.judge(evidence.load(path), evidence.tree_hash(tree))
+        return verdict.state, verdict.reason
+
+    succeed("check", "--record", "--only", "suite")
+    assert state()[0] == evidence.FAILED and "memcheck has not run" in state()[1]
+    succeed("check", "--record", "--only", "memcheck", "--only", "synccheck", "--only", "racecheck")
+    assert state() == (evidence.PASSED, "2500 cases passed on NVIDIA H200")
+
+    def broken(*_: object) -> evidence.Counts:
+        raise gpu_check.CheckError("racecheck: the tool's summary is missing")
+
+    monkeypatch.setattr(gpu_check, "run_sanitizer", broken)
+    assert "summary is missing" in fail("check", "--record", "--only", "racecheck")
+    assert state()[0] == evidence.FAILED, "what could not run again is not vouched for by what ran before"
+
+    (tree / "csrc" / "decode.cu").write_text("changed")
+    fail("check", "--record", "--only", "memcheck")
+    assert state()[0] == evidence.FAILED and "tests/gpu has not run" in state()[1]
 
 
 def test_the_checkout_is_found() -> None:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from emulator import module as emulated_module
 from machine_code import Kernel, kernels
 from tvm_ffi import libinfo
 
-from fi_prefetch import jit
+from fi_prefetch import jit, prefetch
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
@@ -136,7 +137,7 @@ def test_the_cases_are_representative():
 @every_case
 def test_the_library_loads_and_has_the_module_functions(case):
     module = compiled(case).module
-    for name in ("plan", "workspace_size", "run", "prefetch_kv"):
+    for name in ("plan", "adjust_plan", "workspace_size", "run", "prefetch_kv"):
         assert module.get_function(name) is not None, name
     empty = torch.empty(0)
     # What FlashInfer's wrapper passes, but another head_dim: refused by the compiled code, before it asks a GPU.
@@ -212,3 +213,27 @@ def test_the_kernels_of_measurements_and_gpu_tests_compile(source, tmp_path):
     command = [jit.nvcc_path(), *flags, "-o", tmp_path / "kernels.cubin", ROOT / source]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8, 16])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        jit.Variant(BF16, BF16, BF16, 64, False, False),
+        jit.Variant(F16, E5M2, F16, 64, False, False),
+        jit.Variant(F16, F16, F16, 128, False, False),
+        jit.Variant(BF16, E4M3, BF16, 128, False, False),
+        jit.Variant(BF16, BF16, BF16, 256, False, False),
+    ],
+    ids=lambda variant: variant.name,
+)
+def test_the_default_launch_fits_and_keeps_hbm_busy(variant, rows):
+    """On Hopper's 227 KB of shared memory a block, with the module's own arithmetic, run on the CPU."""
+    empty, workspace = torch.empty(0), torch.empty(1 << 20, dtype=torch.uint8)
+    head_dim = variant.head_dim
+    numbers = (1, rows, 1, 16, False, -1, 0.0, head_dim, head_dim)
+    plan = list(emulated_module.load(variant).plan(workspace, empty, empty, empty, *numbers, empty, empty))
+    warps, shared_bytes, stages = plan[1], plan[2], plan[7]
+    assert shared_bytes <= 227 * 1024
+    tile_bytes = 2 * 16 * head_dim * variant.dtype_kv.itemsize
+    assert warps * stages * tile_bytes >= prefetch.WELL_FED_BYTES_PER_SM

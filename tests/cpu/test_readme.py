@@ -20,10 +20,13 @@ import pytest
 from fi_prefetch import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 NOT_MEASURED = "Not measured yet at this commit"
 
-each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -103,7 +106,7 @@ def check_our_command(arguments: list[str], folder: Path) -> None:
 
 
 def _file(argument: str, folder: Path) -> str:
-    if not argument.endswith(".json"):
+    if not argument.endswith(".json") and argument != "FILE":
         return argument
     path = folder / argument
     path.write_text("{}")

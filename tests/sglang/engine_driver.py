@@ -4,14 +4,13 @@
 
 IN is {"models": folder, "engines": {name: {"model": name, "arguments": {...}, "environment": {...},
 "batches": [{"prompts": [[token, ...], ...], "new_tokens": n}, ...]}}}. OUT is {name: [[{"tokens": [...],
-"top": [[[logprob, token], ...], ...], "cached": n}, ...], ...]}, an entry a batch and in it one a prompt.
+"top": [[[logprob, token], ...], ...], "cached": n, "retracted": n}, ...], ...]}: an entry a batch, in it one a prompt.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,6 @@ COMMON = {
 }
 
 
-def import_few_models(names: set[str]) -> None:
-    """Spares every scheduler the import of some two hundred model files."""
-    import sglang
-
-    folder = Path(sglang.__file__).parent / "srt" / "models"
-    every = [module.name for module in pkgutil.iter_modules([str(folder)]) if not module.ispkg]
-    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(set(every) - names - {"registry"})
-
-
 def answers(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[dict[str, Any]]:
     sampling = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
     outputs = engine.generate(
@@ -50,6 +40,7 @@ def answers(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[dict
             "tokens": output["output_ids"],
             "top": [[pair[:2] for pair in top] for top in output["meta_info"]["output_top_logprobs"]],
             "cached": output["meta_info"]["cached_tokens"],
+            "retracted": output["meta_info"]["num_retractions"],
         }
         for output in outputs
     ]
@@ -57,13 +48,10 @@ def answers(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[dict
 
 def main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text())
-    os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
-    models = {engine["model"] for engine in asked["engines"].values()}
-    import_few_models(models)
     import sglang
     import tiny_models
 
-    for model in models:
+    for model in {engine["model"] for engine in asked["engines"].values()}:
         tiny_models.write(model, Path(asked["models"]) / model)
     written: dict[str, Any] = {}
     for name, wanted in asked["engines"].items():

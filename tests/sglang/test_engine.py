@@ -141,7 +141,7 @@ def test_prefix_comes_out_of_the_radix_cache(answers: Answers, backend: str) -> 
 
 @pytest.mark.parametrize("backend", ["fi_prefetch", "gpu path"])
 def test_requests_were_retracted(answers: Answers, backend: str) -> None:
-    assert "#retracted_reqs" in answers.log(f"llama {backend}")
+    assert any(answer["retracted"] for answer in answers.of(f"llama {backend}", "more tokens than the pool holds"))
 
 
 @pytest.mark.parametrize("model", ["llama", "gemma2"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import make_env
 import pytest
 from releases import Release
 
@@ -40,52 +42,46 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(params=TOOLS)
-def patched(request: pytest.FixtureRequest, release: Release, tmp_path: Path) -> Path:
+def patched(release: Release, tool: str, folder: Path) -> Path:
     """A folder with the release's package, patched. Both tools replace files and leave what they are linked to."""
-    shutil.copytree(release.sources / "sglang", tmp_path / "sglang", copy_function=os.link)
+    shutil.copytree(release.sources / "sglang", folder / "sglang", copy_function=os.link)
     patch = INTEGRATION / f"sglang-{release.version}.patch"
     # Without a repository around it, git apply takes the current folder for the root.
-    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
-    done = subprocess.run(
-        [*TOOLS[request.param], str(patch)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    done = subprocess.run([*TOOLS[tool], str(patch)], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "offset" not in done.stdout + done.stderr, "made for other sources than these"
-    return tmp_path
+    return folder
 
 
-def look(release: Release, sources: Path, model: Path, plugins: str) -> dict[str, object]:
+def look(release: Release, sources: Path, plugins: str) -> dict[str, object]:
+    """What a server sees on these sources with these plugins."""
+    model = sources / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    output = release.run("-c", LOOK, model, path=(sources,), SGLANG_USE_CPU_ENGINE="1", SGLANG_PLUGINS=plugins)
+    output = release.run("-c", LOOK, model, path=(sources,), SGLANG_PLUGINS=plugins)
     return json.loads(output.strip().splitlines()[-1])
 
 
-def test_patched_sources_have_the_choice_without_the_plugin(release: Release, patched: Path, tmp_path: Path) -> None:
-    seen = look(release, patched, tmp_path / "model", plugins="none_of_them")
-    assert str(seen.pop("file")).startswith(str(patched))
+@pytest.mark.parametrize("plugins", ["none_of_them", "fi_prefetch"])
+def test_patched_sources_have_the_choice_once(release: Release, tmp_path: Path, plugins: str) -> None:
+    seen = look(release, patched(release, "patch", tmp_path), plugins)
+    assert str(seen.pop("file")).startswith(str(tmp_path))
     assert "latent attention" in str(seen.pop("refusal"))
     assert seen == {"attention_backend": "fi_prefetch", "choices": 1, "deterministic": 1}
 
 
-def test_patch_leaves_the_installed_sources_alone(release: Release, patched: Path) -> None:
-    registry = Path("sglang/srt/layers/attention/attention_registry.py")
-    assert "fi_prefetch" in (patched / registry).read_text()
-    assert "fi_prefetch" not in (release.sources / registry).read_text()
+def test_both_tools_make_the_same_of_the_sources(release: Release, tmp_path: Path) -> None:
+    folders = [tmp_path / name.replace(" ", "-") for name in TOOLS]
+    for tool, folder in zip(TOOLS, folders, strict=True):
+        folder.mkdir()
+        patched(release, tool, folder)
+    patch = (INTEGRATION / f"sglang-{release.version}.patch").read_text()
+    for name in re.findall(r"^\+\+\+ b/(.*)$", patch, flags=re.MULTILINE):
+        first, second = ((folder / name).read_text() for folder in folders)
+        assert first == second != (release.sources / name).read_text()
 
 
-def test_plugin_on_patched_sources_adds_nothing(release: Release, tmp_path: Path) -> None:
-    shutil.copytree(release.sources / "sglang", tmp_path / "sglang", copy_function=os.link)
-    patch = INTEGRATION / f"sglang-{release.version}.patch"
-    subprocess.run([*TOOLS["patch"], str(patch)], cwd=tmp_path, check=True, capture_output=True)
-    seen = look(release, tmp_path, tmp_path / "model", plugins="fi_prefetch")
-    assert (seen["choices"], seen["deterministic"]) == (1, 1)
-
-
-def test_each_release_has_its_patch(release: Release) -> None:
+def test_each_release_has_its_patch() -> None:
     names = {path.name for path in INTEGRATION.glob("*.patch")}
-    assert f"sglang-{release.version}.patch" in names
-    from make_env import RELEASES
-
-    assert names == {f"sglang-{version}.patch" for version in RELEASES}
+    assert names == {f"sglang-{version}.patch" for version in make_env.RELEASES}

@@ -19,7 +19,5 @@ def plugins() -> None:
     load_plugins()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def flashinfer_backend(plugins: None) -> None:
-    """SGLang's FlashInfer backend, complete although there is no GPU."""
-    gpu_path_plugin.import_flashinfer_backend()
+# Before any test imports it.
+gpu_path_plugin.import_flashinfer_backend()
