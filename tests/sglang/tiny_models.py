@@ -69,8 +69,10 @@ def write(name: str, folder: Path) -> None:
     q_size, kv_size = (config[heads] * head_dim for heads in ("num_attention_heads", "num_key_value_heads"))
     # Gemma's norms multiply by one plus the weight.
     norm = torch.zeros(hidden) if name == "gemma2" else torch.ones(hidden)
+    # An embedding that also makes the logits must not outshout the layers, or every token only repeats itself.
+    gain = 1.0 if config["tie_word_embeddings"] else 3.0
     weights = {
-        "model.embed_tokens.weight": matrix(config["vocab_size"], hidden, 3.0),
+        "model.embed_tokens.weight": matrix(config["vocab_size"], hidden, gain),
         "model.norm.weight": norm.clone(),
     }
     if not config["tie_word_embeddings"]:
