@@ -1,6 +1,6 @@
 # `make demo` shows what this does here, with a GPU or without; `make test` passes the tests. Both set up all they need.
 
-# Python 3.10 to 3.13.
+# Python 3.10 to 3.13; for `make test` 3.11 and later, as SGLang wants.
 PYTHON ?= python3
 VENV ?= .venv
 # Installed first. With another CUDA version or driver: `make demo TORCH=torch==2.9.1`.
@@ -33,7 +33,8 @@ test-oldest: $(VENV)/made-from
 	$(RUN)/python tests/sglang/make_env.py
 	test -d $(OLDEST_TOOLS) || $(RUN)/pip install --quiet --target $(OLDEST_TOOLS) \
 	    pytest pytest-xdist hypothesis ninja nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	PATH="$(OLDEST_TOOLS)/bin:$$PATH" PYTHONPATH=$(OLDEST_TOOLS) $(OLDEST_SGLANG)/bin/python -m pytest -p no:cacheprovider $(OLDEST_TESTS)
+	PATH="$(OLDEST_TOOLS)/bin:$$PATH" PYTHONPATH=$(OLDEST_TOOLS) \
+	    $(OLDEST_SGLANG)/bin/python -m pytest -p no:cacheprovider $(OLDEST_TESTS)
 
 # Needs a GPU. Add `--record` by hand: `.venv/bin/fi-prefetch check --record`.
 test-gpu: $(VENV)/made-from

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .plugin import NAME
+
 logger = logging.getLogger("fi_prefetch")
 
 
@@ -46,7 +48,8 @@ def create_backend(runner: Any) -> Any:
     if not runner.spec_algorithm.is_none():
         named_backends.draft_with_flashinfer()
         logger.info("fi_prefetch: with speculative decoding, draft and verify steps are served by FlashInfer's kernels")
-    if runner.server_args.enable_deterministic_inference:
+    prefill = runner.server_args.prefill_attention_backend or runner.server_args.attention_backend
+    if runner.server_args.enable_deterministic_inference and prefill == NAME:
         named_backends.align_prefill_chunks()
     if runner.is_draft_worker:
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS

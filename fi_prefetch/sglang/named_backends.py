@@ -10,19 +10,23 @@ from typing import Any
 
 from .plugin import NAME
 
+# On what is adapted already: a server may make several backends.
+_MARK = "_knows_fi_prefetch"
+
 
 def draft_with_flashinfer() -> None:
     """A draft model's attention under our name is FlashInfer's: SGLang maps names to draft backends in a table."""
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
     original = DraftBackendFactory._create_backend
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, _MARK):
         return
 
     @functools.wraps(original)
     def with_our_name(self: Any, backend_name: str, backend_map: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return original(self, backend_name, {**backend_map, NAME: backend_map["flashinfer"]}, *args, **kwargs)
 
+    setattr(with_our_name, _MARK, True)
     DraftBackendFactory._create_backend = with_our_name
 
 
@@ -32,7 +36,7 @@ def align_prefill_chunks() -> None:
     from sglang.srt.utils import get_int_env_var
 
     original = Scheduler.init_deterministic_inference_config
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, _MARK):
         return
 
     @functools.wraps(original)
@@ -41,6 +45,7 @@ def align_prefill_chunks() -> None:
         if self.truncation_align_size is None:
             self.truncation_align_size = get_int_env_var("SGLANG_FLASHINFER_PREFILL_SPLIT_TILE_SIZE", 4096)
 
+    setattr(with_our_name, _MARK, True)
     Scheduler.init_deterministic_inference_config = with_our_name
 
 

@@ -28,6 +28,8 @@ ROOT = HERE.parents[1]
 HOME = HERE / ".venv"
 REQUIREMENTS = HERE / "requirements"
 RELEASES = ("0.5.16", "0.5.23")
+# The newest release has no packages for an older Python, and what both need has none either.
+OLDEST_PYTHON = (3, 11)
 COMMAND = "python tests/sglang/make_env.py"
 
 CHECK = """
@@ -146,6 +148,9 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="make all anew")
     if parser.parse_args().fresh:
         shutil.rmtree(HOME, ignore_errors=True)
+    if sys.version_info < OLDEST_PYTHON:
+        oldest, this = (".".join(map(str, version)) for version in (OLDEST_PYTHON, sys.version_info[:2]))
+        sys.exit(f"SGLang {' and '.join(RELEASES)} are tested with Python {oldest} or newer, and this is {this}")
     try:
         importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

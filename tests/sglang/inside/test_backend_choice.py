@@ -22,7 +22,9 @@ def runner(**changes: Any) -> Any:
         "use_mla_backend": False,
         "device": "cuda",
         "spec_algorithm": SimpleNamespace(is_none=lambda: True),
-        "server_args": SimpleNamespace(enable_deterministic_inference=False),
+        "server_args": SimpleNamespace(
+            enable_deterministic_inference=False, prefill_attention_backend=None, attention_backend="fi_prefetch"
+        ),
         "is_draft_worker": False,
     }
     return SimpleNamespace(**facts | changes)
@@ -86,6 +88,22 @@ def test_draft_factory_looks_names_up_where_we_add_ours() -> None:
     assert list(inspect.signature(DraftBackendFactory._create_backend).parameters)[1:3] == [
         "backend_name", "backend_map"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prefill", "cut"), [(None, True), ("fi_prefetch", True), ("fa3", False)])
+def test_prefill_is_cut_where_it_is_deterministic_and_flashinfers(
+    monkeypatch: pytest.MonkeyPatch, prefill: str | None, cut: bool
+) -> None:
+    monkeypatch.setattr("sglang.srt.utils.is_flashinfer_available", lambda: True)
+    monkeypatch.setitem(ATTENTION_BACKENDS, "flashinfer", lambda its_runner: None)
+    calls: list[int] = []
+    monkeypatch.setattr(named_backends, "align_prefill_chunks", lambda: calls.append(1))
+    chosen = SimpleNamespace(
+        enable_deterministic_inference=True, prefill_attention_backend=prefill, attention_backend="fi_prefetch"
+    )
+    # A draft model's runner ends where this test need not go further.
+    create_backend(runner(is_draft_worker=True, server_args=chosen))
+    assert bool(calls) == cut
 
 
 def test_deterministic_prefill_is_cut_as_flashinfers(monkeypatch: pytest.MonkeyPatch) -> None:
