@@ -231,11 +231,12 @@ struct Prefetch {
   int32_t before_dependencies;  // 0 or 1: this thread had not yet returned from wait_for_dependencies
 };
 
-#define EMULATOR_STATISTICS(X)                                                                             \
-  X(prefetches)                                                                                            \
-  X(prefetched_bytes) X(copies) X(copied_bytes) X(copies_evict_first) X(waits_for_dependencies)            \
-      X(launches_of_dependents) X(threads) X(threads_that_waited) X(threads_that_launched) X(matrix_loads) \
-          X(matrix_load_conflicts) X(multiply_adds) X(shuffles) X(barriers) X(atomics) X(fences) X(rounds)
+// clang-format off: it never agrees with itself about such a list
+#define EMULATOR_STATISTICS(X) \
+  X(prefetches) X(prefetched_bytes) X(copies) X(copied_bytes) X(copies_evict_first) X(waits_for_dependencies) \
+  X(launches_of_dependents) X(threads) X(threads_that_waited) X(threads_that_launched) X(matrix_loads) \
+  X(matrix_load_conflicts) X(multiply_adds) X(shuffles) X(barriers) X(atomics) X(fences) X(rounds)
+// clang-format on
 
 /// Counts over one launch. matrix_load_conflicts: extra shared-memory cycles of ldmatrix because of bank conflicts.
 struct Statistics {
