@@ -6,7 +6,7 @@ import functools
 import emulated_decode as emulated
 import pytest
 import torch
-from conftest import make_batch
+from batches import make_batch
 from emulator import build as emulator
 from emulator import module as emulated_module
 
