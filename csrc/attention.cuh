@@ -35,7 +35,7 @@ struct RowResult {
   float scale;  // multiplies the row's output sums
   float lse;    // base 2, the sink's weight included (as FlashInfer's); -inf where there was nothing to attend to
 
-  /// `max` is the greatest of scale_log2 * score (-inf: no token), `sum` the weights' sum over exp2(max).
+  /// `sum` is the sum of the weights exp2(scale_log2 * score - max); max is -inf where there was no token.
   FI_PREFETCH_DEVICE RowResult(const DecodeParams& p, uint32_t kv_head, QueryRow row, float max, float sum) {
     float weight = 1.0f;  // of the row's sums, once a sink is the greatest logit
     if (p.sinks != nullptr && row.valid) {
@@ -81,6 +81,7 @@ class WarpAttention {
         query_[n][k][1] = row.valid ? __ldcg(reinterpret_cast<const uint32_t*>(q + high)) : 0;
       }
     }
+    if constexpr (T::kScaledQuery) scale_query_to_half();
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       max_[c] = -INFINITY;
@@ -171,11 +172,53 @@ class WarpAttention {
   static constexpr int kProducts = T::kHeadDim / 16;  // 16 dimensions each: steps of Q K^T, row blocks of O^T
   static constexpr int kColumns = 2 * T::kRowTiles;   // query rows that a lane has in its fragments
 
+  /// Queries in bf16 as halves, without loss: each row times the power of two that takes its greatest element to
+  /// [2^14, 2^15). What is 2^-28 times smaller loses bits, 2^-39 of the greatest at most. Scores are scaled back by
+  /// score_scale_.
+  FI_PREFETCH_DEVICE void scale_query_to_half() {
+    constexpr uint32_t kTop = 14;
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n) {
+      uint32_t greatest = 0;  // magnitude's bits; the four lanes of a row have its elements
+#pragma unroll
+      for (int k = 0; k < kProducts; ++k)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          greatest = max(greatest, max(query_[n][k][i] & 0x7fff, query_[n][k][i] >> 16 & 0x7fff));
+        }
+      greatest = max(greatest, __shfl_xor_sync(kFullWarp, greatest, 1));
+      greatest = max(greatest, __shfl_xor_sync(kFullWarp, greatest, 2));
+      const uint32_t exponent = max(greatest >> 7, kTop + 1);  // biased by 127
+      const float factor = __uint_as_float((254 + kTop - exponent) << 23);
+#pragma unroll
+      for (int k = 0; k < kProducts; ++k)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t pair = query_[n][k][i];
+          query_[n][k][i] =
+              pack<__half>(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000) * factor);
+        }
+      const float inverse = __uint_as_float((exponent - kTop) << 23) * (T::kSoftCap ? p_.inverse_cap : p_.scale_log2);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        score_scale_[n * 2 + e] = __shfl_sync(kFullWarp, inverse, (lane_index() % 4 * 2 + e) * 4);
+      }
+    }
+  }
+
+  /// What a raw score of column c is multiplied with: to base-2 exponent units, or to the soft cap's argument.
+  FI_PREFETCH_DEVICE float score_scale(int c) const {
+    if constexpr (T::kScaledQuery) return score_scale_[c];
+    return T::kSoftCap ? p_.inverse_cap : p_.scale_log2;
+  }
+
   FI_PREFETCH_DEVICE void multiply_k(uint32_t k_tile, float (&scores)[T::kRowTiles][4]) const {
+    // Two sums side by side: a product waits for the one before it with the same sums.
+    float even[T::kRowTiles][4], odd[T::kRowTiles][4];
 #pragma unroll
     for (int n = 0; n < T::kRowTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) even[n][i] = odd[n][i] = 0.0f;
     const uint32_t row_address = k_tile + matrix_offset_;
 #pragma unroll
     for (int pair = 0; pair < T::kRowChunks / 2; ++pair) {
@@ -185,22 +228,26 @@ class WarpAttention {
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
           const uint32_t x = r[2 * chunk], y = r[2 * chunk + 1];
-          const uint32_t a[4] = {
-              widen<typename T::Kv, typename T::Q>(x & 0xffff), widen<typename T::Kv, typename T::Q>(y & 0xffff),
-              widen<typename T::Kv, typename T::Q>(x >> 16), widen<typename T::Kv, typename T::Q>(y >> 16)};
+          const uint32_t a[4] = {widen<typename T::Kv>(x & 0xffff), widen<typename T::Kv>(y & 0xffff),
+                                 widen<typename T::Kv>(x >> 16), widen<typename T::Kv>(y >> 16)};
 #pragma unroll
           for (int n = 0; n < T::kRowTiles; ++n) {
             const uint32_t (&q)[2] = query_[n][2 * pair + chunk];
-            ptx::multiply_add<typename T::Q>(scores[n], a, q[0], q[1]);
+            ptx::multiply_add<typename T::QK>(chunk == 0 ? even[n] : odd[n], a, q[0], q[1]);
           }
         }
       } else {
 #pragma unroll
         for (int n = 0; n < T::kRowTiles; ++n) {
-          ptx::multiply_add<typename T::Q>(scores[n], r, query_[n][pair][0], query_[n][pair][1]);
+          ptx::multiply_add<typename T::QK>(pair % 2 == 0 ? even[n] : odd[n], r, query_[n][pair][0],
+                                            query_[n][pair][1]);
         }
       }
     }
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[n][i] = even[n][i] + odd[n][i];
   }
 
   /// Scores in base-2 exponent units; -inf where a query row must not look.
@@ -209,7 +256,8 @@ class WarpAttention {
     for (int n = 0; n < T::kRowTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        scores[n][i] = p_.scale_log2 * (T::kSoftCap ? tanhf(scores[n][i] * p_.inverse_cap) : scores[n][i]);
+        scores[n][i] *= score_scale(n * 2 + i % 2);
+        if (T::kSoftCap) scores[n][i] = p_.scale_log2 * tanhf(scores[n][i]);
       }
     // Inside a request every row sees every token.
     const bool at_end = token + kTileTokens > length - (p_.q_len - 1);
@@ -228,29 +276,44 @@ class WarpAttention {
       }
   }
 
+  /// Weights are relative to exp2(max_), which need not be the greatest score: it follows only when a score exceeds it
+  /// by more than kSlack, so that most tiles need no reduction over lanes and no correction of the sums. A weight is
+  /// then at most 2^kSlack, with the same relative error.
   FI_PREFETCH_DEVICE void update_softmax(float (&scores)[T::kRowTiles][4], uint32_t (&probabilities)[T::kRowTiles][2]) {
-    float correction[kColumns];
-    bool any_new_max = false;
+    constexpr float kSlack = 8.0f;
+    bool exceeds = false;
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) exceeds |= scores[n][i] > max_[n * 2 + i % 2] + kSlack;
+    if (__any_sync(kFullWarp, exceeds)) raise_max(scores);
 #pragma unroll
     for (int n = 0; n < T::kRowTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int c = n * 2 + e;
-        const float new_max = fmaxf(max_[c], max_over_tokens(fmaxf(scores[n][e], scores[n][2 + e])));
         // Until a row has seen a token its maximum is -inf, and -inf - -inf must not become NaN.
-        const float reference = new_max == -INFINITY ? 0.0f : new_max;
-        correction[c] = ptx::exp2_fast(max_[c] - reference);
-        any_new_max |= new_max != max_[c];
+        const float reference = max_[c] == -INFINITY ? 0.0f : max_[c];
         scores[n][e] = ptx::exp2_fast(scores[n][e] - reference);
         scores[n][2 + e] = ptx::exp2_fast(scores[n][2 + e] - reference);
-        sum_[c] = sum_[c] * correction[c] + scores[n][e] + scores[n][2 + e];
-        max_[c] = new_max;
+        sum_[c] += scores[n][e] + scores[n][2 + e];
       }
       // S^T has tokens as rows, the second product wants them as columns: transpose each eight of them.
       probabilities[n][0] = ptx::transpose_matrix(pack<typename T::PV>(scores[n][0], scores[n][1]));
       probabilities[n][1] = ptx::transpose_matrix(pack<typename T::PV>(scores[n][2], scores[n][3]));
     }
-    if (!__any_sync(kFullWarp, any_new_max)) return;  // true of most tiles after the first few
+  }
+
+  /// Takes the maxima up to the greatest scores so far, and the sums with them.
+  FI_PREFETCH_DEVICE void raise_max(const float (&scores)[T::kRowTiles][4]) {
+    float correction[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const float new_max = fmaxf(max_[c], max_over_tokens(fmaxf(scores[c / 2][c % 2], scores[c / 2][2 + c % 2])));
+      correction[c] = ptx::exp2_fast(max_[c] - (new_max == -INFINITY ? 0.0f : new_max));
+      sum_[c] *= correction[c];
+      max_[c] = new_max;
+    }
 #pragma unroll
     for (int d = 0; d < kProducts; ++d)
 #pragma unroll
@@ -270,8 +333,8 @@ class WarpAttention {
         for (int chunk = 0; chunk < 2; ++chunk) {
           // A register has dimensions 2p, 2p + 1 of token 2j, then of 2j + 1; the product wants the tokens together.
           const uint32_t x = __byte_perm(r[2 * chunk], 0, 0x3120), y = __byte_perm(r[2 * chunk + 1], 0, 0x3120);
-          const uint32_t a[4] = {widen<typename T::Kv, __half>(x & 0xffff), widen<typename T::Kv, __half>(x >> 16),
-                                 widen<typename T::Kv, __half>(y & 0xffff), widen<typename T::Kv, __half>(y >> 16)};
+          const uint32_t a[4] = {widen<typename T::Kv>(x & 0xffff), widen<typename T::Kv>(x >> 16),
+                                 widen<typename T::Kv>(y & 0xffff), widen<typename T::Kv>(y >> 16)};
           multiply_v_block(2 * pair + chunk, a, probabilities);
         }
       } else {
@@ -304,7 +367,8 @@ class WarpAttention {
   const DecodeParams& p_;
   uint32_t matrix_offset_;
   uint32_t query_[T::kRowTiles][kProducts][2];
-  float max_[kColumns];  // of scale_log2 * score
+  float score_scale_[T::kScaledQuery ? kColumns : 1];
+  float max_[kColumns];  // base-2 exponent that weights are relative to: see update_softmax
   float sum_[kColumns];  // this lane's share until finish()
   float output_[kProducts][T::kRowTiles][4];
 };

@@ -44,17 +44,11 @@ struct Fp8Format<__nv_fp8_e5m2> {
   static constexpr __nv_fp8_interpretation_t value = __NV_E5M2;
 };
 
-/// Two fp8 numbers (the low 16 bits of `pair`) as two numbers of type T: exact, NaN and infinity included.
-template <typename Fp8, typename T>
+/// Two fp8 numbers (the low 16 bits of `pair`) as two halves: exact, NaN and infinity included.
+template <typename Fp8>
 FI_PREFETCH_DEVICE uint32_t widen(uint32_t pair) {
   const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), Fp8Format<Fp8>::value);
-  const __half2 halves(raw);
-  if constexpr (sizeof(T) == sizeof(__half) && !std::is_same<T, __half>::value) {
-    const float2 floats = __half22float2(halves);
-    return pack<T>(floats.x, floats.y);
-  } else {
-    return register_of(halves);
-  }
+  return register_of(__half2(raw));
 }
 
 }  // namespace fi_prefetch

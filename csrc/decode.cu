@@ -150,9 +150,9 @@ Array<int64_t> plan_info(const Plan& plan, int64_t rows) {
 }
 
 void check_batch_size(int64_t batch_size, int64_t warps) {
-  FI_PREFETCH_CHECK(
-      batch_size <= 1 << 20 && RequestScan::shared_bytes(batch_size) <= warps * SharedMemory<AnyTraits>::kRingBytes,
-      ValueError)
+  FI_PREFETCH_CHECK(batch_size <= 1 << 20 &&
+                        RequestScan<kWindow>::shared_bytes(batch_size) <= warps * SharedMemory<AnyTraits>::kRingBytes,
+                    ValueError)
       << "batch_size: " << batch_size << " requests are more than the shared memory of a block of " << warps
       << " warps holds";
 }
@@ -460,7 +460,7 @@ void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView ind
   const int64_t tiles = budget_bytes / (made.blocks * made.warps * AnyTraits::kStageBytes);
   if (tiles <= 0 || p.table.batch_size == 0) return;
   check_batch_size(p.table.batch_size, made.warps);
-  const uint32_t shared = RequestScan::shared_bytes(p.table.batch_size);
+  const uint32_t shared = RequestScan<kWindow>::shared_bytes(p.table.batch_size);
   const PrefetchKvParams window{static_cast<uint32_t>(made.blocks), static_cast<uint32_t>(made.warps),
                                 static_cast<uint32_t>(std::min<int64_t>(tiles, 1 << 24)), evict_last};
   tvm::ffi::CUDADeviceGuard guard(device.device_id);

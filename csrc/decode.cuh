@@ -15,7 +15,7 @@ namespace fi_prefetch {
 template <typename T>
 struct SharedMemory {
   uint8_t* rings;        // [warps][kStages][kStageBytes]; before that the RequestScan, after that right shares
-  TileHeader* headers;   // [warps][kStages]
+  Run* runs;             // [warps][kStages]
   float* left_partials;  // [warps][rows][kPartialStride]
   Share* left_shares;    // [warps]: of what a warp shares with warps before it, and ends
   Share* right_shares;   // [warps]: of what goes on in the warps after it; the partial lies in the warp's ring
@@ -25,14 +25,14 @@ struct SharedMemory {
   static constexpr uint32_t kRingBytes = T::kStages * T::kStageBytes;
 
   static __host__ __device__ uint32_t bytes(uint32_t warps, uint32_t rows) {
-    return warps * (kRingBytes + T::kStages * sizeof(TileHeader) + rows * T::kPartialStride * sizeof(float) +
+    return warps * (kRingBytes + T::kStages * sizeof(Run) + rows * T::kPartialStride * sizeof(float) +
                     2 * sizeof(Share) + sizeof(uint32_t)) +
            2 * sizeof(uint32_t);
   }
   FI_PREFETCH_DEVICE SharedMemory(uint8_t* base, uint32_t warps, uint32_t rows) {
     rings = base;
-    headers = reinterpret_cast<TileHeader*>(rings + warps * kRingBytes);
-    left_partials = reinterpret_cast<float*>(headers + warps * T::kStages);
+    runs = reinterpret_cast<Run*>(rings + warps * kRingBytes);
+    left_partials = reinterpret_cast<float*>(runs + warps * T::kStages);
     left_shares = reinterpret_cast<Share*>(left_partials + warps * rows * T::kPartialStride);
     right_shares = left_shares + warps;
     begins = reinterpret_cast<uint32_t*>(right_shares + warps);
@@ -59,16 +59,14 @@ struct Piece {
 template <typename T>
 FI_PREFETCH_DEVICE Piece find_piece(const DecodeParams& p, uint8_t* scan_memory) {
   Piece piece;
-  RequestScan scan;
-  piece.some_request_is_empty = scan.build<T::kWindow>(p, scan_memory);
-  piece.partition = cut(p, scan, gridDim.x, warps_per_block());
+  RequestScan<T::kWindow> scan(p, scan_memory);
+  piece.some_request_is_empty = scan.some_request_is_empty();
+  piece.partition = cut(p, scan.total(), gridDim.x, warps_per_block());
   const uint32_t worker = blockIdx.x * warps_per_block() + warp_index();
-  if (worker < piece.partition.workers) {
-    piece.begin = piece.partition.begin(worker);
-    piece.count = piece.partition.begin(worker + 1) - piece.begin;
-  }
+  piece.begin = piece.partition.begin(worker);
+  piece.count = piece.partition.begin(worker + 1) - piece.begin;
   if (piece.count > 0) piece.at = scan.locate(piece.begin, p.num_kv_heads);
-  __syncthreads();
+  if (scan.in_shared_memory()) __syncthreads();
   return piece;
 }
 
@@ -93,16 +91,15 @@ FI_PREFETCH_DEVICE void write_empty_requests(const DecodeParams& p) {
 }
 
 /// Puts away what the warp computed of a request and head, when its last tile in the warp's piece is done: to the
-/// output if no other warp has a tile of it, else to shared memory for the block's merge. `position` is that tile's.
+/// output if no other warp has a tile of it, else to shared memory for the block's merge. `begin` and `end`: where the
+/// request and head's tiles are on the line.
 template <typename T>
-FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece& piece, const TileHeader& header, uint32_t position,
-                                 WarpAttention<T>& attention, const SharedMemory<T>& shared) {
-  const uint32_t begin = position - header.tile;  // of the request and head, on the line
-  const uint32_t end = begin + header.tiles;
+FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece& piece, const Run& run, uint32_t begin,
+                                 uint32_t end, WarpAttention<T>& attention, const SharedMemory<T>& shared) {
   const bool goes_on = end > piece.begin + piece.count;
   attention.finish();
   if (begin >= piece.begin && !goes_on) {
-    attention.write_output(header.request, header.head);
+    attention.write_output(run.request, run.head);
     return;
   }
   // What goes on is the piece's last: its ring holds no other tile, and after the barrier no lane reads this one.
@@ -112,10 +109,10 @@ FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece& piece, cons
   // A warp leads if the request and head begin in its piece, or the block's tiles do (earlier warps may have none).
   const uint32_t first_worker = blockIdx.x * warps;
   const bool leads = begin >= piece.begin || piece.begin == piece.partition.begin(first_worker);
-  const uint32_t last_warp = min(piece.partition.owner(end - 1) - first_worker, warps - 1);
+  const uint32_t last_warp = leads ? min(piece.partition.owner(end - 1) - first_worker, warps - 1) : 0;
   if (lane_index() == 0) {
-    (goes_on ? shared.right_shares : shared.left_shares)[warp] = {header.request, header.head, begin, end,
-                                                                  leads,          last_warp,   {0, 0}};
+    (goes_on ? shared.right_shares : shared.left_shares)[warp] = {run.request, run.head,  begin, end,
+                                                                  leads,       last_warp, {0, 0}};
   }
 }
 
@@ -125,19 +122,24 @@ FI_PREFETCH_DEVICE void merge_shares(const DecodeParams& p, const Partition& par
   const uint32_t warps = warps_per_block();
   const uint32_t rows = p.group_size * p.q_len;
   const uint32_t block_begin = shared.begins[0], block_end = shared.begins[warps];
+  const auto share_at = [&](uint32_t index) -> const Share& {
+    const Share* side = index % 2 == 0 ? shared.left_shares : shared.right_shares;
+    return side[index / 2];
+  };
   const Share* with_other_blocks[2] = {nullptr, nullptr};  // with the blocks before this one, with those after it
-  uint32_t turn = 0;
+  uint32_t turn = warp_index();  // rows until this warp's next one; the warps take the rows of all shares in turns
+  const bool leads = lane_index() < 2 * warps && share_at(lane_index()).leads;
 #pragma unroll 1
-  for (uint32_t index = 0; index < 2 * warps; ++index) {
+  for (uint32_t left = __ballot_sync(kFullWarp, leads); left != 0; left &= left - 1) {
+    const uint32_t index = __ffs(left) - 1;
     const uint32_t first_warp = index / 2;
-    const Share& share = (index % 2 == 0 ? shared.left_shares : shared.right_shares)[first_warp];
-    if (!share.leads) continue;
+    const Share& share = share_at(index);
     const bool begins_here = share.begin >= block_begin;
     const bool in_block = begins_here && share.end <= block_end;
     if (!in_block) (begins_here ? with_other_blocks[1] : with_other_blocks[0]) = &share;
 #pragma unroll 1
-    for (uint32_t n = 0; n < rows; ++n, turn = turn + 1 == warps ? 0 : turn + 1) {
-      if (turn != warp_index()) continue;
+    for (; turn < rows; turn += warps) {
+      const uint32_t n = turn;
       const MergedRow<T> merged =
           merge_row<T, false>(share.last_warp - first_warp + 1, [&](uint32_t i) -> const float* {
             const uint32_t warp = first_warp + i;
@@ -151,6 +153,7 @@ FI_PREFETCH_DEVICE void merge_shares(const DecodeParams& p, const Partition& par
         write_partial_row<T>(block_partial<T>(p, 2 * blockIdx.x + begins_here, n), merged);
       }
     }
+    turn -= rows;
   }
 #pragma unroll 1
   for (int after = 0; after < 2; ++after) {
@@ -187,7 +190,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     }
   }
 
-  KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.headers + warp * T::kStages,
+  KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.runs + warp * T::kStages,
                          piece.at, piece.count);
   int issued = 0;
   if (early_load) {
@@ -205,21 +208,30 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   }
 
   WarpAttention<T> attention(p);
+  Run run{};
+  uint32_t run_end = 0;  // in tiles of the piece
   uint32_t stage = 0;
   const int count = static_cast<int>(piece.count);
 #pragma unroll 1
   for (int i = issued - (T::kStages - 1); i < count; ++i) {  // below 0: the ring is being filled
-    TileHeader header;
     if (i >= 0) {
-      __syncwarp();  // the header: lane 0 wrote it
-      header = pipeline.header(stage);
-      if (header.first) attention.start(header.request, header.head);  // its loads fly while the tile's still do
+      if (i == static_cast<int>(run_end)) {
+        __syncwarp();  // the run: lane 0 wrote it
+        run = pipeline.run(stage);
+        run_end += min(run.tiles - run.tile, piece.count - run_end);
+        attention.start(run.request, run.head);  // its loads fly while the tile's still do
+      }
       pipeline.wait();
     }
     pipeline.issue();
     if (i < 0) continue;
-    attention.add_tile(pipeline.k_tile(stage), pipeline.v_tile(stage), header.token, header.length);
-    if (header.last) put_away<T>(p, piece, header, piece.begin + i, attention, shared);
+    attention.add_tile(pipeline.k_tile(stage), pipeline.v_tile(stage), run.token, run.length);
+    run.token += kTileTokens;
+    ++run.tile;
+    if (i + 1 == static_cast<int>(run_end)) {
+      const uint32_t begin = piece.begin + run_end - run.tile;  // modulo 2^32
+      put_away<T>(p, piece, run, begin, begin + run.tiles, attention, shared);
+    }
     stage = pipeline.next(stage);
   }
 

@@ -45,8 +45,11 @@ FI_PREFETCH_DEVICE void load_vector(const float* source, float (&x)[N]) {
   }
 }
 
-/// Merges `count` (at most 32) rows of partials; row_of(i) is the i-th one's address, or null where it has nothing.
-/// GLOBAL: other blocks wrote them, so L1 must not serve them. Collective over the warp.
+/// Partials that are merged in one go: a lane looks after each.
+constexpr uint32_t kMostPartials = 32;
+
+/// Merges `count` (at most kMostPartials) rows of partials; row_of(i) is the i-th one's address, or null where it has
+/// nothing. GLOBAL: other blocks wrote them, so L1 must not serve them. Collective over the warp.
 template <typename T, bool GLOBAL, typename RowOf>
 FI_PREFETCH_DEVICE MergedRow<T> merge_row(uint32_t count, RowOf row_of) {
   constexpr int kVector = MergedRow<T>::kVector;
@@ -123,13 +126,11 @@ FI_PREFETCH_DEVICE void write_partial_row(float* row, const MergedRow<T>& merged
 /// Counts this block in; whether it is the last of `expected`, which then sees all that the others wrote before, and
 /// which sets the counter back to zero for the next call. Collective over the block; `flag` is in shared memory.
 FI_PREFETCH_DEVICE bool arrive(int32_t* counter, uint32_t expected, uint32_t* flag) {
-  __threadfence();  // this thread's partials before the count ...
-  __syncthreads();  // ... and every other thread's
+  __syncthreads();  // the block's partials before the count, which releases them all
   if (threadIdx.x == 0) {
-    const bool last = atomicAdd(counter, 1) + 1 == static_cast<int32_t>(expected);
+    const bool last = ptx::add_acquire_release(counter, 1) + 1 == static_cast<int32_t>(expected);
     if (last) *counter = 0;
     *flag = last;
-    __threadfence();
   }
   __syncthreads();
   return *flag;  // the next arrive() passes its barrier before it writes the flag again
@@ -144,8 +145,9 @@ FI_PREFETCH_DEVICE float* block_partial(const DecodeParams& p, uint32_t slot, ui
 }
 
 /// The meeting of the blocks that share a request and head: counts this block in, and merges if it is the last. Beyond
-/// 16 blocks it has two levels of about the square root of their number, since one block alone would read all partials
-/// at the 100 GB/s or so that an SM gets from L2. Collective over the block; `flag` is in shared memory.
+/// kMostPartials blocks it has two levels of about the square root of their number: a second meeting costs 1 to 2 us,
+/// and one block alone reads partials at the 100 GB/s or so that an SM gets from L2. Collective over the block; `flag`
+/// is in shared memory.
 template <typename T>
 FI_PREFETCH_DEVICE void merge_blocks(const DecodeParams& p, const Partition& partition, const Share& share,
                                      uint32_t* flag) {
@@ -153,8 +155,8 @@ FI_PREFETCH_DEVICE void merge_blocks(const DecodeParams& p, const Partition& par
   const uint32_t first_block = partition.owner(share.begin) / warps_per_block();
   const uint32_t blocks = partition.owner(share.end - 1) / warps_per_block() - first_block + 1;
   uint32_t fan_in = blocks;
-  if (blocks > 16) {
-    for (fan_in = 5; fan_in * fan_in < blocks;) ++fan_in;
+  if (blocks > kMostPartials) {
+    for (fan_in = 6; fan_in * fan_in < blocks;) ++fan_in;
   }
   const auto slot = [&](uint32_t block) { return 2 * block + (block == first_block); };
 

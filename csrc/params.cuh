@@ -42,32 +42,34 @@ struct PrefetchLevers {
 
 enum Ready : int32_t { kNothing = 0, kPageTable = 1, kAllButLastToken = 2 };
 
+/// What a kernel needs first lies first: a block's first reads of its parameters miss the constant cache, a line at a
+/// time.
 struct DecodeParams {
-  const void* q;  // [batch * q_len, num_qo_heads, HEAD_DIM], strides in elements
-  int64_t q_stride_n;
-  int64_t q_stride_h;
-  void* o;             // [batch * q_len, num_qo_heads, HEAD_DIM], contiguous
-  float* lse;          // [batch * q_len, num_qo_heads], base 2, or null
-  const float* sinks;  // [num_qo_heads] or null
+  PageTable table;
+  int32_t num_kv_heads;
+  uint32_t min_tiles_per_warp;  // fewer blocks work when there is less than this to do
+  int32_t q_len;                // query tokens per request, the newest of it (bottom-right causal)
+  int32_t window_left;          // tokens before the query's own that it sees; only read with a sliding window
+  PrefetchLevers levers;
   KvTensor k;
   KvTensor v;
   uint32_t unit_bytes;        // a power of two
   int32_t contiguous_tokens;  // 1: the 16 rows of a tile lie one after the other in memory (HND, pages of 16 and more)
-  PageTable table;
+  const void* q;              // [batch * q_len, num_qo_heads, HEAD_DIM], strides in elements
+  int64_t q_stride_n;
+  int64_t q_stride_h;
   int32_t num_qo_heads;
-  int32_t num_kv_heads;
   int32_t group_size;  // num_qo_heads / num_kv_heads
-  int32_t
-      group_inverse;    // 65536 / group_size + 1: n * group_inverse >> 16 is n / group_size for the few rows there are
-  int32_t q_len;        // query tokens per request, the newest of it (bottom-right causal)
-  int32_t window_left;  // tokens before the query's own that it sees; only read with a sliding window
-  float scale_log2;     // sm_scale * log2(e), or log2(e) * logits_soft_cap with a soft cap
-  float inverse_cap;    // sm_scale / logits_soft_cap with a soft cap
+  /// 65536 / group_size + 1: n * group_inverse >> 16 is n / group_size for the few rows there are
+  int32_t group_inverse;
+  float scale_log2;   // sm_scale * log2(e), or log2(e) * logits_soft_cap with a soft cap
+  float inverse_cap;  // sm_scale / logits_soft_cap with a soft cap
   float v_scale;
-  uint32_t min_tiles_per_warp;  // fewer blocks work when there is less than this to do
-  float* partials;              // [2 * gridDim.x, rows, HEAD_DIM + 4]
-  int32_t* counters;            // [3 * gridDim.x], zero between calls
-  PrefetchLevers levers;
+  void* o;             // [batch * q_len, num_qo_heads, HEAD_DIM], contiguous
+  float* lse;          // [batch * q_len, num_qo_heads], base 2, or null
+  const float* sinks;  // [num_qo_heads] or null
+  float* partials;     // [2 * gridDim.x, rows, HEAD_DIM + 4]
+  int32_t* counters;   // [3 * gridDim.x], zero between calls
 };
 
 }  // namespace fi_prefetch

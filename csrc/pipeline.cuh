@@ -8,16 +8,16 @@
 
 namespace fi_prefetch {
 
-/// What the consumer must know about the tile in a stage; written beside it when its copies are issued.
-struct __align__(16) TileHeader {
+/// A warp's run of neighbouring tiles of one request and kv head, as far as the consumer must know it. Written beside
+/// the run's first tile when that tile's copies are issued.
+struct __align__(16) Run {
   uint32_t request;
   uint32_t head;
-  int32_t token;   // the tile's first
+  int32_t token;   // the run's first
   int32_t length;  // of the request
-  uint32_t tile;   // index within the request and head
+  uint32_t tile;   // the run's first, within the request and head
   uint32_t tiles;  // of the request and head
-  uint32_t first;  // 1: first tile of its request and head in this warp's piece
-  uint32_t last;   // 1: last one
+  uint32_t padding[2];
 };
 
 /// In a stage, row t of K (then of V) holds token t. Its 16-byte chunks are permuted by an exclusive or with a function
@@ -38,15 +38,14 @@ template <typename T>
 class KvPipeline {
  public:
   /// Shared memory of one warp, in bytes.
-  static constexpr uint32_t kSharedBytes = T::kStages * (T::kStageBytes + sizeof(TileHeader));
+  static constexpr uint32_t kSharedBytes = T::kStages * (T::kStageBytes + sizeof(Run));
 
   /// The warp's piece is `count` tiles (perhaps none), from the one at `at` on.
-  FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* ring, TileHeader* headers, const Location& at,
-                                uint32_t count)
+  FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* ring, Run* runs, const Location& at, uint32_t count)
       : p_(p),
         cursor_(at),
         rows_(p, cursor_.head),
-        headers_(headers),
+        runs_(runs),
         ring_(ptx::shared_address(ring)),
         count_(count),
         policy_(p.levers.stream ? ptx::policy_evict_first() : ptx::policy_evict_normal()) {
@@ -64,8 +63,7 @@ class KvPipeline {
     if (issued_ < count_) {
       copy_tile();
       if (p_.levers.run_ahead > 0) run_ahead();
-      ++issued_;
-      if (issued_ < count_) {
+      if (++issued_ < count_) {
         cursor_.advance(p_);
         rows_.set_head(cursor_.head);
         load_pages();
@@ -75,8 +73,8 @@ class KvPipeline {
     stage_to_fill_ = next(stage_to_fill_);
   }
 
-  /// What is, or is still being copied, in a stage. The caller passed a warp barrier since the issue().
-  FI_PREFETCH_DEVICE const TileHeader& header(uint32_t stage) const { return headers_[stage]; }
+  /// The run whose first tile is in a stage, or on its way there. The caller passed a warp barrier since its issue().
+  FI_PREFETCH_DEVICE const Run& run(uint32_t stage) const { return runs_[stage]; }
 
   /// Waits for the oldest tile and makes it visible to the whole warp. Also tells the warp's lanes that all of them are
   /// done with the stage before it, which issue() fills next.
@@ -101,9 +99,7 @@ class KvPipeline {
     // added and exclusive-ored: one instruction a copy.
     const uint32_t lane_offset = TileLayout<T>::offset(first_row, chunk);
 
-    const int32_t token = cursor_.token();
-    const uint32_t valid = min(cursor_.request.length - token, kTileTokens);  // rows beyond are zero-filled
-    const uint32_t row_offset = rows_.offset(p_, cursor_, page_);
+    const uint32_t row_offset = rows_.offset(p_, place_);
     const uint32_t stage = k_tile(stage_to_fill_);
     const uint8_t* k = p_.k.data + chunk * 16;
     const uint8_t* v = p_.v.data + chunk * 16;
@@ -112,21 +108,14 @@ class KvPipeline {
       const uint32_t row = copy * kRowsPerCopy + first_row;
       const uint32_t destination = stage + copy * kRowsPerCopy * T::kRowBytes +
                                    (lane_offset ^ (T::kRowChunks >= 8 ? (copy * kRowsPerCopy % 8) << 4 : 0));
-      const uint32_t bytes = row < valid ? 16 : 0;
       const uint32_t k_offset = __shfl_sync(kFullWarp, row_offset, row);
-      ptx::copy_async_16(destination, TileRows::address(k, p_.unit_bytes, k_offset), bytes, policy_);
+      ptx::copy_async_16(destination, TileRows::address(k, p_.unit_bytes, k_offset), policy_);
       const uint32_t v_offset = __shfl_sync(kFullWarp, row_offset, kTileTokens + row);
-      ptx::copy_async_16(destination + T::kTileBytes, TileRows::address(v, p_.unit_bytes, v_offset), bytes, policy_);
+      ptx::copy_async_16(destination + T::kTileBytes, TileRows::address(v, p_.unit_bytes, v_offset), policy_);
     }
-    if (lane == 0) {
-      headers_[stage_to_fill_] = {cursor_.request_index,
-                                  cursor_.head,
-                                  token,
-                                  cursor_.request.length,
-                                  cursor_.tile,
-                                  cursor_.request.tiles,
-                                  issued_ == 0 || cursor_.tile == 0,
-                                  issued_ + 1 == count_ || cursor_.tile + 1 == cursor_.request.tiles};
+    if ((issued_ == 0 || cursor_.tile == 0) && lane == 0) {
+      runs_[stage_to_fill_] = {cursor_.request_index, cursor_.head,          cursor_.token(), cursor_.request.length,
+                               cursor_.tile,          cursor_.request.tiles, {0, 0}};
     }
   }
 
@@ -135,27 +124,27 @@ class KvPipeline {
   FI_PREFETCH_DEVICE void run_ahead() {
     const uint32_t distance = p_.levers.run_ahead;
     if (issued_ + distance < count_ && cursor_.tile + distance < cursor_.request.tiles) {
-      rows_.template prefetch<T>(p_, cursor_, ahead_page_, distance, /*evict_last=*/false);
+      rows_.template prefetch<T>(p_, cursor_, ahead_, distance, /*evict_last=*/false);
     }
   }
 
   /// The page numbers that the next issue() needs, a step ahead: nobody waits for them.
   FI_PREFETCH_DEVICE void load_pages() {
-    page_ = rows_.load_page(p_, cursor_);
-    if (p_.levers.run_ahead > 0) ahead_page_ = rows_.load_page(p_, cursor_, p_.levers.run_ahead);
+    place_ = rows_.find(p_, cursor_);
+    if (p_.levers.run_ahead > 0) ahead_ = rows_.find(p_, cursor_, p_.levers.run_ahead);
   }
 
   const DecodeParams& p_;
   TileCursor<T::kWindow> cursor_;
   TileRows rows_;
-  TileHeader* headers_;
+  Run* runs_;
   uint32_t ring_;
   uint32_t count_;
   uint64_t policy_;
   uint32_t issued_ = 0;
   uint32_t stage_to_fill_ = 0;
-  int32_t page_ = 0;
-  int32_t ahead_page_ = 0;
+  RowPlace place_{};
+  RowPlace ahead_{};
 };
 
 }  // namespace fi_prefetch

@@ -6,6 +6,13 @@
 
 namespace fi_prefetch {
 
+/// Where this lane's row of a tile lies, but for the page number, whose load may still be on its way: what follows from
+/// the page table is worked out only when the row is copied or asked for, so that no lane waits for the load before.
+struct RowPlace {
+  int32_t page;   // as the page table says; not clamped yet
+  uint32_t rest;  // of slot and head, in units
+};
+
 /// Lane t < 16 stands for the K row of the tile's token t, lane 16 + t for its V row. One number a lane says where its
 /// row is; a copy gets it by shuffle.
 class TileRows {
@@ -20,22 +27,21 @@ class TileRows {
 
   FI_PREFETCH_DEVICE void set_head(uint32_t head) { head_offset_ = head * head_stride_; }
 
-  /// The page number of this lane's token, `distance` tiles after the cursor's. Bypasses L1 (see load_request) and is
-  /// clamped: no page number can lead outside the cache.
+  /// Starts the load of the page number of this lane's token, `distance` tiles after the cursor's. A tile's rows beyond
+  /// the request's length stand for its last token. Bypasses L1 (see load_request, which also bounds the position).
   template <typename Cursor>
-  FI_PREFETCH_DEVICE int32_t load_page(const DecodeParams& p, const Cursor& at, uint32_t distance = 0) const {
-    const int32_t page_in_request = page_of(p, clamped_token(at, distance));
-    const int32_t position = min(at.request.page_begin + page_in_request, p.table.num_indices - 1);
-    return min(max(__ldcg(p.table.indices + position), 0), p.table.num_pages - 1);
+  FI_PREFETCH_DEVICE RowPlace find(const DecodeParams& p, const Cursor& at, uint32_t distance = 0) const {
+    const int32_t token = min(at.token() + static_cast<int32_t>(distance * kTileTokens + lane_index() % kTileTokens),
+                              at.request.length - 1);
+    const int32_t page = p.table.page_shift >= 0 ? token >> p.table.page_shift : token / p.table.page_size;
+    const uint32_t slot = token - page * p.table.page_size;
+    return {__ldcg(p.table.indices + at.request.page_begin + page), slot * token_stride_ + head_offset_};
   }
 
-  /// Where this lane's row starts, in units from the tensor's base. `page` is what load_page gave.
-  template <typename Cursor>
-  FI_PREFETCH_DEVICE uint32_t offset(const DecodeParams& p, const Cursor& at, int32_t page,
-                                     uint32_t distance = 0) const {
-    const int32_t token = clamped_token(at, distance);
-    const uint32_t slot = token - page_of(p, token) * p.table.page_size;
-    return static_cast<uint32_t>(page) * page_stride_ + slot * token_stride_ + head_offset_;
+  /// In units from the tensor's base. No page number leads outside the cache: negative ones are large unsigned ones.
+  FI_PREFETCH_DEVICE uint32_t offset(const DecodeParams& p, const RowPlace& place) const {
+    return min(static_cast<uint32_t>(place.page), static_cast<uint32_t>(p.table.num_pages - 1)) * page_stride_ +
+           place.rest;
   }
 
   /// A product of 32-bit numbers, added to a 64-bit one: one instruction.
@@ -45,12 +51,12 @@ class TileRows {
 
   /// Asks for this lane's row, `distance` tiles after the cursor's. Rows beyond the request's length are left out.
   template <typename T, typename Cursor>
-  FI_PREFETCH_DEVICE void prefetch(const DecodeParams& p, const Cursor& at, int32_t page, uint32_t distance,
+  FI_PREFETCH_DEVICE void prefetch(const DecodeParams& p, const Cursor& at, const RowPlace& place, uint32_t distance,
                                    bool evict_last) const {
     const int32_t token = at.token() + static_cast<int32_t>(distance * kTileTokens);
     const int32_t rows = min(at.request.length - token, kTileTokens);
     const int32_t row = lane_index() % kTileTokens;
-    const uint8_t* address_of_row = address(is_k() ? p.k.data : p.v.data, p.unit_bytes, offset(p, at, page, distance));
+    const uint8_t* address_of_row = address(is_k() ? p.k.data : p.v.data, p.unit_bytes, offset(p, place));
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     // One request for the whole run of rows. Issue costs 24 ns a lane whatever its size (H100), so only lanes 0 and 16
     // ask, and only where a run is long; line prefetches of 32 lanes together take 18 ns.
@@ -73,17 +79,6 @@ class TileRows {
  private:
   FI_PREFETCH_DEVICE static bool is_k() { return lane_index() < kTileTokens; }
 
-  /// This lane's token, or the request's last one where the tile reaches beyond it.
-  template <typename Cursor>
-  FI_PREFETCH_DEVICE static int32_t clamped_token(const Cursor& at, uint32_t distance) {
-    const int32_t token = at.token() + static_cast<int32_t>(distance * kTileTokens + lane_index() % kTileTokens);
-    return max(min(token, at.request.length - 1), 0);
-  }
-
-  FI_PREFETCH_DEVICE static int32_t page_of(const DecodeParams& p, int32_t token) {
-    return p.table.page_shift >= 0 ? token >> p.table.page_shift : token / p.table.page_size;
-  }
-
   uint32_t page_stride_;
   uint32_t token_stride_;
   uint32_t head_stride_;
@@ -98,7 +93,7 @@ FI_PREFETCH_DEVICE void prefetch_head_of_piece(const DecodeParams& p, const Loca
   TileCursor<T::kWindow> cursor(at);
   TileRows rows(p, cursor.head);
   for (uint32_t i = 0; i < tiles; ++i) {
-    rows.prefetch<T>(p, cursor, rows.load_page(p, cursor), 0, evict_last);
+    rows.prefetch<T>(p, cursor, rows.find(p, cursor), 0, evict_last);
     if (i + 1 == tiles) break;
     cursor.advance(p);
     rows.set_head(cursor.head);

@@ -30,18 +30,10 @@ FI_PREFETCH_DEVICE uint32_t shared_address(const void* pointer) {
 
 // ---- asynchronous copies: cp.async, section 9.7.9.25.3 ------------------------------------------------------------
 
-/// Copies `source_bytes` (0 or 16) to 16 bytes of shared memory and zero-fills the rest; bypasses L1.
-FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
-               "r"(source_bytes)
-               : "memory");
-}
-
-/// The same, under an L2 eviction policy made by one of the functions below.
-FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes,
-                                      uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(destination),
-               "l"(source), "r"(source_bytes), "l"(policy)
+/// Copies 16 bytes to shared memory under an L2 eviction policy made by one of the functions below; bypasses L1.
+FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+               "l"(policy)
                : "memory");
 }
 
@@ -147,6 +139,16 @@ FI_PREFETCH_DEVICE void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- order: atom with semantics and scope, section 9.7.13.7 --------------------------------------------------------
+
+/// Adds to a counter in global memory and returns what it was before. Releases what this thread, and through a block
+/// barrier before it the whole block, has written; acquires what those released who added before.
+FI_PREFETCH_DEVICE int32_t add_acquire_release(int32_t* counter, int32_t value) {
+  int32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
 }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------

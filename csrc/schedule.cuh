@@ -23,20 +23,38 @@ FI_PREFETCH_DEVICE uint32_t warp_inclusive_sum(uint32_t x) {
   return x;
 }
 
+/// floor(n / d) of numbers whose quotient is small (below 2^20): a float guess, which is off by one at most, then
+/// exact.
+FI_PREFETCH_DEVICE uint32_t small_quotient(uint32_t n, uint32_t d) {
+  uint32_t quotient = static_cast<uint32_t>(__fdividef(static_cast<float>(n), static_cast<float>(d)));
+  const int32_t remainder = static_cast<int32_t>(n - quotient * d);
+  if (remainder < 0) --quotient;
+  if (remainder >= static_cast<int32_t>(d)) ++quotient;
+  return quotient;
+}
+
 /// What a request's page table row says. The same for every kv head.
 struct __align__(16) Request {
   int32_t page_begin;   // position of its first page number in `indices`
   int32_t length;       // tokens in its KV cache
   int32_t first_token;  // first token of tile 0: 0, or the tile that holds the sliding window's first token
   uint32_t tiles;       // 0: nothing to attend to
+
+  /// Lane `source`'s request. Collective over the warp.
+  FI_PREFETCH_DEVICE Request of_lane(int source) const {
+    return {__shfl_sync(kFullWarp, page_begin, source), __shfl_sync(kFullWarp, length, source),
+            __shfl_sync(kFullWarp, first_token, source), __shfl_sync(kFullWarp, tiles, source)};
+  }
 };
 
-/// Reads request `r`. Loads bypass L1: before the dependency wait they may see the previous kernel's half-written
-/// table, and a line left in L1 would be served again after the wait. Every value is clamped so that no content of the
-/// page table can lead to an access outside `indices`.
+/// Reads request `r`; none where `r` is beyond the batch. Loads bypass L1: before the dependency wait they may see the
+/// previous kernel's half-written table, and a line left in L1 would be served again after the wait. Every value is
+/// clamped so that no content of the page table can lead to an access outside `indices`: positions page_begin + t /
+/// page_size are below num_indices for every token t below length.
 template <bool WINDOW>
 FI_PREFETCH_DEVICE Request load_request(const DecodeParams& p, uint32_t r) {
   const PageTable& table = p.table;
+  if (r >= static_cast<uint32_t>(table.batch_size)) return {0, 0, 0, 0};
   const int32_t begin = __ldcg(table.indptr + r);
   const int32_t end = __ldcg(table.indptr + r + 1);
   const int32_t last = __ldcg(table.last_page_len + r);
@@ -61,87 +79,101 @@ struct Location {
   uint32_t offset = 0;
 };
 
-/// The requests and the running sums of their tiles, in shared memory. A warp then finds any position with two loads a
-/// lane and no division, and need not read the page table again.
-struct RequestScan {
-  Request* requests;  // [groups * 32]
-  uint32_t* prefix;   // [groups * 32]: tiles of the request and of those before it in its group of 32
-  uint32_t groups;
-
+/// The requests and the running sums of their tiles. A batch of up to 32 lies in the registers of every warp, one
+/// request a lane, and no warp waits for another; a larger one in shared memory, 32 requests a group.
+template <bool WINDOW>
+class RequestScan {
+ public:
   static __host__ __device__ constexpr uint32_t shared_bytes(uint32_t batch_size) {
-    return (batch_size + 31) / 32 * 32 * (sizeof(Request) + sizeof(uint32_t));
+    return batch_size <= 32 ? 0 : (batch_size + 31) / 32 * 32 * (sizeof(Request) + sizeof(uint32_t));
   }
 
-  /// Whether some request has no tiles. Collective over the block; ends with a barrier.
-  template <bool WINDOW>
-  FI_PREFETCH_DEVICE bool build(const DecodeParams& p, uint8_t* shared) {
+  /// Collective over the block. `shared`: shared_bytes of memory, in use until the last locate().
+  FI_PREFETCH_DEVICE RequestScan(const DecodeParams& p, uint8_t* shared) {
     const uint32_t batch_size = p.table.batch_size;
-    groups = (batch_size + 31) / 32;
-    requests = reinterpret_cast<Request*>(shared);
-    prefix = reinterpret_cast<uint32_t*>(requests + groups * 32);
+    const uint32_t lane = lane_index();
+    if (batch_size <= 32) {
+      request_ = load_request<WINDOW>(p, lane);
+      sum_ = warp_inclusive_sum(request_.tiles);
+      total_ = __shfl_sync(kFullWarp, sum_, 31);
+      some_empty_ = __any_sync(kFullWarp, lane < batch_size && request_.tiles == 0);
+      return;
+    }
+    groups_ = (batch_size + 31) / 32;
+    requests_ = reinterpret_cast<Request*>(shared);
+    sums_ = reinterpret_cast<uint32_t*>(requests_ + groups_ * 32);
     bool empty = false;
-    for (uint32_t group = warp_index(); group < groups; group += warps_per_block()) {
-      const uint32_t r = group * 32 + lane_index();
-      Request request{};
-      if (r < batch_size) request = load_request<WINDOW>(p, r);
-      requests[r] = request;
-      prefix[r] = warp_inclusive_sum(request.tiles);
+    for (uint32_t group = warp_index(); group < groups_; group += warps_per_block()) {
+      const uint32_t r = group * 32 + lane;
+      const Request request = load_request<WINDOW>(p, r);
+      requests_[r] = request;
+      sums_[r] = warp_inclusive_sum(request.tiles);
       empty |= r < batch_size && request.tiles == 0;
     }
-    return __syncthreads_or(empty);
+    some_empty_ = __syncthreads_or(empty);
+    uint32_t sum = 0;
+    for (uint32_t group = lane; group < groups_; group += 32) sum += sums_[group * 32 + 31];
+    total_ = __reduce_add_sync(kFullWarp, sum);
   }
 
-  /// Tiles of one kv head over all requests. Collective over the warp.
-  FI_PREFETCH_DEVICE uint32_t total() const {
-    uint32_t sum = 0;
-    for (uint32_t group = lane_index(); group < groups; group += 32) sum += prefix[group * 32 + 31];
-    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kFullWarp, sum, distance);
-    return sum;
-  }
+  FI_PREFETCH_DEVICE bool in_shared_memory() const { return groups_ > 0; }
+  FI_PREFETCH_DEVICE bool some_request_is_empty() const { return some_empty_; }
+  /// Tiles of one kv head over all requests.
+  FI_PREFETCH_DEVICE uint32_t total() const { return total_; }
 
   /// Where `position` (below heads * total()) lies. Collective over the warp, the same position in every lane.
-  FI_PREFETCH_DEVICE Location locate(uint32_t position, uint32_t heads) const {
+  FI_PREFETCH_DEVICE Location locate(uint32_t position, uint32_t heads) {
     const uint32_t lane = lane_index();
-    uint32_t before = 0;  // tiles a head of the requests before `group`
+    uint32_t before = 0;  // tiles a head of the requests before the group
     uint32_t group = 0;
-    for (uint32_t first = 0; first < groups; first += 32) {
-      const uint32_t tiles = first + lane < groups ? prefix[(first + lane) * 32 + 31] : 0;
-      const uint32_t sum = warp_inclusive_sum(tiles);
-      const uint32_t beyond = __ballot_sync(kFullWarp, heads * (before + sum) > position);
-      if (beyond != 0) {
-        const int hit = __ffs(beyond) - 1;
-        group = first + hit;
-        before += __shfl_sync(kFullWarp, sum - tiles, hit);
-        break;
+    if (groups_ > 0) {
+      for (uint32_t first = 0; first < groups_; first += 32) {
+        const uint32_t tiles = first + lane < groups_ ? sums_[(first + lane) * 32 + 31] : 0;
+        const uint32_t sum = warp_inclusive_sum(tiles);
+        const uint32_t beyond = __ballot_sync(kFullWarp, heads * (before + sum) > position);
+        if (beyond != 0) {
+          const int hit = __ffs(beyond) - 1;
+          group = first + hit;
+          before += __shfl_sync(kFullWarp, sum - tiles, hit);
+          break;
+        }
+        before += __shfl_sync(kFullWarp, sum, 31);
       }
-      before += __shfl_sync(kFullWarp, sum, 31);
+      request_ = requests_[group * 32 + lane];
+      sum_ = sums_[group * 32 + lane];
     }
-    const uint32_t sum = prefix[group * 32 + lane];
-    const uint32_t beyond = __ballot_sync(kFullWarp, heads * (before + sum) > position);
+    const uint32_t beyond = __ballot_sync(kFullWarp, heads * (before + sum_) > position);
     const int hit = beyond != 0 ? __ffs(beyond) - 1 : 31;
-    const uint32_t sum_before = __shfl_up_sync(kFullWarp, sum, 1);
-    const uint32_t start = before + __shfl_sync(kFullWarp, lane == 0 ? 0 : sum_before, hit);
-    const uint32_t r = group * 32 + hit;
-    return {requests[r], r, position - heads * start};
+    const uint32_t start = before + __shfl_sync(kFullWarp, sum_ - request_.tiles, hit);
+    return {request_.of_lane(hit), group * 32 + hit, position - heads * start};
   }
+
+ private:
+  uint32_t groups_ = 0;  // in shared memory
+  Request* requests_ = nullptr;
+  uint32_t* sums_ = nullptr;  // tiles of a request and of those before it in its group
+  Request request_{};         // this lane's of the group at hand, and its sum
+  uint32_t sum_ = 0;
+  uint32_t total_ = 0;
+  bool some_empty_ = false;
 };
 
-/// The cut of `tiles` tiles over `workers` warps: worker j takes [begin(j), begin(j + 1)), sizes differ by at most one,
-/// and the longer pieces are spread evenly (the first ones alone would make whole blocks late).
+/// The cut of `tiles` tiles over `workers` warps: worker j takes [begin(j), begin(j + 1)). Sizes differ by at most one
+/// (beyond 2^32 / workers tiles by a few), and the longer pieces are spread evenly (the first ones alone would make
+/// whole blocks late).
 struct Partition {
   uint32_t tiles;
-  uint32_t workers;  // at most 65,535, so that begin's product fits 32 bits
-  uint32_t quotient;
-  uint32_t remainder;
+  uint32_t workers;  // at most 65,535, so that j * share fits 32 bits
+  uint32_t share;    // a worker's, in 2^-32 of the line, rounded up
 
   FI_PREFETCH_DEVICE Partition(uint32_t tiles_, uint32_t workers_)
-      : tiles(tiles_), workers(workers_), quotient(tiles_ / workers_), remainder(tiles_ % workers_) {}
+      : tiles(tiles_), workers(workers_), share(0xffffffffu / workers_ + 1) {}
 
-  FI_PREFETCH_DEVICE uint32_t begin(uint32_t j) const { return j * quotient + j * remainder / workers; }
+  FI_PREFETCH_DEVICE uint32_t begin(uint32_t j) const { return j >= workers ? tiles : __umulhi(tiles, j * share); }
 
   /// The worker whose piece holds `tile`. A float guess, then exact: it is off by a few at most.
   FI_PREFETCH_DEVICE uint32_t owner(uint32_t tile) const {
-    const float guess = static_cast<float>(tile) * (static_cast<float>(workers) / static_cast<float>(tiles));
+    const float guess = static_cast<float>(tile) * __fdividef(static_cast<float>(workers), static_cast<float>(tiles));
     uint32_t j = min(static_cast<uint32_t>(guess), workers - 1);
     while (begin(j) > tile) --j;
     while (begin(j + 1) <= tile) ++j;
@@ -154,12 +186,13 @@ struct Partition {
 FI_PREFETCH_DEVICE uint32_t active_blocks(uint32_t tiles, uint32_t blocks, uint32_t warps,
                                           uint32_t min_tiles_per_warp) {
   const uint32_t tiles_per_block = warps * min_tiles_per_warp;
-  return max(min((tiles + tiles_per_block - 1) / tiles_per_block, blocks), 1u);
+  if (tiles >= blocks * tiles_per_block) return blocks;
+  return max(small_quotient(tiles + tiles_per_block - 1, tiles_per_block), 1u);
 }
 
-/// The cut for a grid of `blocks` blocks of `warps` warps. Collective over the warp, after RequestScan::build.
-FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, const RequestScan& scan, uint32_t blocks, uint32_t warps) {
-  const uint32_t tiles = scan.total() * p.num_kv_heads;
+/// The cut for a grid of `blocks` blocks of `warps` warps.
+FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, uint32_t tiles_of_a_head, uint32_t blocks, uint32_t warps) {
+  const uint32_t tiles = tiles_of_a_head * p.num_kv_heads;
   return Partition(tiles, active_blocks(tiles, blocks, warps, p.min_tiles_per_warp) * warps);
 }
 
@@ -173,7 +206,7 @@ struct TileCursor {
 
   FI_PREFETCH_DEVICE explicit TileCursor(const Location& at) : request(at.request), request_index(at.request_index) {
     const uint32_t tiles = max(request.tiles, 1u);  // a warp without a piece has no location
-    head = at.offset / tiles;
+    head = small_quotient(at.offset, tiles);
     tile = at.offset - head * tiles;
   }
 
@@ -193,17 +226,12 @@ struct TileCursor {
   FI_PREFETCH_DEVICE void next_request(const DecodeParams& p) {
     const uint32_t batch_size = p.table.batch_size;
     for (uint32_t first = request_index + 1; first < batch_size; first += 32) {
-      const uint32_t r = first + lane_index();
-      Request candidate = load_request<WINDOW>(p, min(r, batch_size - 1));
-      if (r >= batch_size) candidate.tiles = 0;
+      const Request candidate = load_request<WINDOW>(p, first + lane_index());
       const uint32_t with_tiles = __ballot_sync(kFullWarp, candidate.tiles > 0);
       if (with_tiles == 0) continue;
       const int hit = __ffs(with_tiles) - 1;
       request_index = first + hit;
-      request.page_begin = __shfl_sync(kFullWarp, candidate.page_begin, hit);
-      request.length = __shfl_sync(kFullWarp, candidate.length, hit);
-      request.first_token = __shfl_sync(kFullWarp, candidate.first_token, hit);
-      request.tiles = __shfl_sync(kFullWarp, candidate.tiles, hit);
+      request = candidate.of_lane(hit);
       return;
     }
   }

@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include <type_traits>
+
 #include "params.cuh"
 
 namespace fi_prefetch {
@@ -24,9 +26,11 @@ struct DecodeTraits {
   static constexpr bool kSoftCap = SOFT_CAP_;
 
   static constexpr bool kFp8 = sizeof(Kv) == 1;
-  /// P V runs in half for fp8 (every e4m3 and e5m2 number is one exactly, and P keeps three more bits than in bf16);
-  /// Q K^T in the query's type, which may need bf16's range.
-  using PV = typename std::conditional<kFp8, __half, Q>::type;
+  /// The types of the products. fp8 becomes half, which holds every e4m3 and e5m2 number and keeps three more bits of P
+  /// than bf16; queries that come in bf16, whose range is wider, are scaled to it row by row.
+  using QK = typename std::conditional<kFp8, __half, Q>::type;
+  using PV = QK;
+  static constexpr bool kScaledQuery = kFp8 && !std::is_same<Q, __half>::value;
 
   static constexpr int kRowBytes = kHeadDim * sizeof(Kv);     // of one token of one kv head
   static constexpr int kTileBytes = kTileTokens * kRowBytes;  // of K or of V

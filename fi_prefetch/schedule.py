@@ -31,20 +31,28 @@ def request_tiles(length: int, q_len: int = 1, window_left: int = -1) -> int:
 
 @dataclass(frozen=True)
 class Partition:
-    """The cut of `tiles` tiles over `workers` warps: worker j takes [begin(j), begin(j + 1))."""
+    """The cut of `tiles` tiles over `workers` (at most 65,535) warps: worker j takes [begin(j), begin(j + 1)).
+
+    Sizes differ by at most one tile up to 2^32 / workers tiles, and by a few beyond.
+    """
 
     tiles: int
     workers: int
 
     def begin(self, j: int) -> int:
-        quotient, remainder = divmod(self.tiles, self.workers)
-        return j * quotient + j * remainder // self.workers
+        if j >= self.workers:
+            return self.tiles
+        share = -(-(1 << 32) // self.workers)  # of the line, in 2^-32; the kernel divides no further
+        return self.tiles * (j * share % (1 << 32)) >> 32
 
     def owner(self, tile: int) -> int:
         """The worker whose piece holds `tile`."""
         if not 0 <= tile < self.tiles:
             raise ValueError(f"tile: expected 0 to {self.tiles - 1}, got {tile}")
-        return ((tile + 1) * self.workers - 1) // self.tiles
+        j = ((tile + 1) * self.workers - 1) // self.tiles
+        while self.begin(j) > tile:
+            j -= 1
+        return j
 
 
 def active_blocks(tiles: int, blocks: int, warps: int, min_tiles_per_warp: int) -> int:
@@ -120,7 +128,8 @@ class Schedule:
     @property
     def longest_piece(self) -> int:
         """Tiles of the warp that has most to do."""
-        return -(-self.partition.tiles // self.partition.workers)
+        begins = [self.partition.begin(j) for j in range(self.partition.workers + 1)]
+        return max(end - begin for begin, end in zip(begins[:-1], begins[1:], strict=True))
 
     def blocks_of(self, request: int) -> int:
         """Blocks that share a request's first kv head: how many partial results are merged for it."""

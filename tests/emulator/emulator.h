@@ -716,10 +716,10 @@ inline void land(Copy& copy) {
 }
 
 /// cp.async. The destination reads as NaN until the copy lands.
-inline void copy_async(uint32_t destination, const void* source, uint32_t bytes, Site site) {
-  if (bytes > 16) fail(site, "copy_async: %u source bytes, more than 16", bytes);
+inline void copy_async(uint32_t destination, const void* source, Site site) {
+  constexpr uint32_t bytes = 16;
   uint8_t* p = shared_pointer("copy_async", destination, 16, site);
-  if (bytes) check_global("copy_async", source, bytes, 16, site);
+  check_global("copy_async", source, bytes, 16, site);
   memset(p, 0xFF, 16);
   hidden_flag(p) = 1;
   Lane& me = *current;

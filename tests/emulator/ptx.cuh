@@ -25,20 +25,15 @@ FI_PREFETCH_DEVICE uint32_t shared_address(const void* pointer, Site site = Site
 
 // ---- asynchronous copies ------------------------------------------------------------------------------------------
 
-FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes,
-                                      Site site = Site::current()) {
-  emulator::copy_async(destination, source, source_bytes, site);
-}
-
 constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x14F0000000000000;
 FI_PREFETCH_DEVICE uint64_t policy_evict_first() { return kEvictFirst; }
 FI_PREFETCH_DEVICE uint64_t policy_evict_normal() { return kEvictNormal; }
 
-FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint32_t source_bytes, uint64_t policy,
+FI_PREFETCH_DEVICE void copy_async_16(uint32_t destination, const void* source, uint64_t policy,
                                       Site site = Site::current()) {
   if (policy != kEvictFirst && policy != kEvictNormal) emulator::fail(site, "copy_async_16: not an L2 policy");
   machine.statistics.copies_evict_first += policy == kEvictFirst;
-  emulator::copy_async(destination, source, source_bytes, site);
+  emulator::copy_async(destination, source, site);
 }
 
 FI_PREFETCH_DEVICE void copy_async_commit() { current->groups_committed += 1; }
@@ -189,6 +184,13 @@ FI_PREFETCH_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint
       for (int r = 0; r < 4; ++r) lane.d[r] = sum[l / 4 + r / 2 * 8][l % 4 * 2 + r % 2];
     }
   });
+}
+
+// ---- order ----------------------------------------------------------------------------------------------------------
+
+FI_PREFETCH_DEVICE int32_t add_acquire_release(int32_t* counter, int32_t value, Site site = Site::current()) {
+  machine.statistics.fences += 1;
+  return emulator::atomic("add_acquire_release", counter, site, [=](int32_t old) { return old + value; });
 }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
