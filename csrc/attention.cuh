@@ -63,23 +63,39 @@ class WarpAttention {
     matrix_offset_ = TileLayout<T>::offset(lane % kTileTokens, lane / kTileTokens);
   }
 
-  /// Starts a new request and head: reads its query rows, forgets the last one's sums.
-  FI_PREFETCH_DEVICE void start(uint32_t request, uint32_t head) {
+  /// Starts the loads of the query rows of a request and head.
+  FI_PREFETCH_DEVICE void load_query(uint32_t request, uint32_t head) {
     const uint32_t j = lane_index() % 4;
 #pragma unroll
     for (int n = 0; n < T::kRowTiles; ++n) {
       const QueryRow row(p_, n * 8 + lane_index() / 4);
+      const uint32_t token = row.valid ? row.token : 0, head_in_group = row.valid ? row.head : 0;
       const typename T::Q* q = static_cast<const typename T::Q*>(p_.q) +
-                               (static_cast<int64_t>(request) * p_.q_len + row.token) * p_.q_stride_n +
-                               (head * p_.group_size + row.head) * p_.q_stride_h;
+                               (static_cast<int64_t>(request) * p_.q_len + token) * p_.q_stride_n +
+                               (head * p_.group_size + head_in_group) * p_.q_stride_h;
 #pragma unroll
       for (int k = 0; k < kProducts; ++k) {
         // Where K's ldmatrix leaves the 16 dimensions of a product: for fp8 four neighbours in a lane.
         const int low = k * 16 + (T::kFp8 ? 4 * j : 2 * j);
         const int high = low + (T::kFp8 ? 2 : 8);
-        query_[n][k][0] = row.valid ? __ldcg(reinterpret_cast<const uint32_t*>(q + low)) : 0;
-        query_[n][k][1] = row.valid ? __ldcg(reinterpret_cast<const uint32_t*>(q + high)) : 0;
+        query_[n][k][0] = __ldcg(reinterpret_cast<const uint32_t*>(q + low));
+        query_[n][k][1] = __ldcg(reinterpret_cast<const uint32_t*>(q + high));
       }
+    }
+  }
+
+  /// Starts the request and head whose query rows were loaded: forgets the last one's sums.
+  FI_PREFETCH_DEVICE void start() {
+    // The mask is applied to what was loaded, and so waits for it here: left to the first product, the wait would be
+    // part of the loop, and there also for the page number that is on its way (both on one scoreboard: 64 % of a
+    // call's stalls on an H100).
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n) {
+      const uint32_t mask = QueryRow(p_, n * 8 + lane_index() / 4).valid ? 0xffffffffu : 0;
+#pragma unroll
+      for (int k = 0; k < kProducts; ++k)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) query_[n][k][i] &= mask;
     }
     if constexpr (T::kScaledQuery) scale_query_to_half();
 #pragma unroll

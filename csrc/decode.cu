@@ -113,7 +113,7 @@ int64_t partial_bytes(int64_t blocks, int64_t rows) {
   return 2 * blocks * rows * AnyTraits::kPartialStride * sizeof(float);
 }
 
-int64_t counter_bytes(int64_t blocks) { return 3 * blocks * sizeof(int32_t); }
+int64_t counter_bytes(int64_t blocks, int64_t rows) { return 3 * blocks * rows * sizeof(int32_t); }
 
 int64_t row_count(int64_t num_qo_heads, int64_t num_kv_heads) {
   FI_PREFETCH_CHECK(num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0, ValueError)
@@ -143,7 +143,7 @@ Array<int64_t> plan_info(const Plan& plan, int64_t rows) {
           plan.warps,
           static_cast<int64_t>(shared_bytes(plan.warps, rows)),
           partial_bytes(plan.blocks, rows),
-          counter_bytes(plan.blocks),
+          counter_bytes(plan.blocks, rows),
           rows,
           plan.min_tiles_per_warp,
           AnyTraits::kStages};
@@ -203,7 +203,7 @@ Array<int64_t> workspace_size(TensorView device_buffer, TensorView, int64_t, int
   check_head_dim(head_dim_qk, head_dim_vo);
   const int64_t rows = row_count(num_qo_heads, num_kv_heads);
   const Plan made = make_plan(rows, device_buffer.device().device_id);
-  return {partial_bytes(made.blocks, rows), counter_bytes(made.blocks)};
+  return {partial_bytes(made.blocks, rows), counter_bytes(made.blocks, rows)};
 }
 
 Plan read_plan(const Array<int64_t>& info, int64_t rows, int device) {
@@ -429,7 +429,7 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
       << "float_workspace_buffer: expected at least " << partial_bytes(made.blocks, rows)
       << " contiguous bytes, 16-byte aligned, on " << name_of(device) << ", got " << bytes_of(float_workspace) << " on "
       << name_of(float_workspace.device());
-  check_vector<int32_t>(counters, "counters", counter_bytes(made.blocks) / sizeof(int32_t), device);
+  check_vector<int32_t>(counters, "counters", counter_bytes(made.blocks, rows) / sizeof(int32_t), device);
   p.partials = static_cast<float*>(float_workspace.data_ptr());
   p.counters = static_cast<int32_t*>(counters.data_ptr());
 

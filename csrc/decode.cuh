@@ -20,14 +20,13 @@ struct SharedMemory {
   Share* left_shares;    // [warps]: of what a warp shares with warps before it, and ends
   Share* right_shares;   // [warps]: of what goes on in the warps after it; the partial lies in the warp's ring
   uint32_t* begins;      // [warps + 1]: where the warps' pieces begin, and the block's ends
-  uint32_t* flag;
 
   static constexpr uint32_t kRingBytes = T::kStages * T::kStageBytes;
 
   static __host__ __device__ uint32_t bytes(uint32_t warps, uint32_t rows) {
     return warps * (kRingBytes + T::kStages * sizeof(Run) + rows * T::kPartialStride * sizeof(float) +
                     2 * sizeof(Share) + sizeof(uint32_t)) +
-           2 * sizeof(uint32_t);
+           sizeof(uint32_t);
   }
   FI_PREFETCH_DEVICE SharedMemory(uint8_t* base, uint32_t warps, uint32_t rows) {
     rings = base;
@@ -36,7 +35,6 @@ struct SharedMemory {
     left_shares = reinterpret_cast<Share*>(left_partials + warps * rows * T::kPartialStride);
     right_shares = left_shares + warps;
     begins = reinterpret_cast<uint32_t*>(right_shares + warps);
-    flag = begins + warps + 1;
   }
   FI_PREFETCH_DEVICE float* left_partial(uint32_t warp, uint32_t rows) const {
     return left_partials + warp * rows * T::kPartialStride;
@@ -55,18 +53,16 @@ struct Piece {
   bool some_request_is_empty = false;
 };
 
-/// Reads the page table and finds this warp's piece. Collective over the block; `scan_memory` is free again afterwards.
+/// This warp's piece, by a page table that was read. Collective over the warp.
 template <typename T>
-FI_PREFETCH_DEVICE Piece find_piece(const DecodeParams& p, uint8_t* scan_memory) {
+FI_PREFETCH_DEVICE Piece find_piece(const DecodeParams& p, RequestScan<T::kWindow>& scan) {
   Piece piece;
-  RequestScan<T::kWindow> scan(p, scan_memory);
   piece.some_request_is_empty = scan.some_request_is_empty();
   piece.partition = cut(p, scan.total(), gridDim.x, warps_per_block());
   const uint32_t worker = blockIdx.x * warps_per_block() + warp_index();
   piece.begin = piece.partition.begin(worker);
   piece.count = piece.partition.begin(worker + 1) - piece.begin;
   if (piece.count > 0) piece.at = scan.locate(piece.begin, p.num_kv_heads);
-  if (scan.in_shared_memory()) __syncthreads();
   return piece;
 }
 
@@ -108,57 +104,52 @@ FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece& piece, cons
   attention.write_partial(goes_on ? shared.right_partial(warp) : shared.left_partial(warp, p.group_size * p.q_len));
   // A warp leads if the request and head begin in its piece, or the block's tiles do (earlier warps may have none).
   const uint32_t first_worker = blockIdx.x * warps;
-  const bool leads = begin >= piece.begin || piece.begin == piece.partition.begin(first_worker);
-  const uint32_t last_warp = leads ? min(piece.partition.owner(end - 1) - first_worker, warps - 1) : 0;
-  if (lane_index() == 0) {
-    (goes_on ? shared.right_shares : shared.left_shares)[warp] = {run.request, run.head,  begin, end,
-                                                                  leads,       last_warp, {0, 0}};
+  Share share{run.request, run.head, end, begin >= piece.begin || piece.begin == piece.partition.begin(first_worker)};
+  if (share.leads) {
+    const uint32_t last_worker = goes_on ? piece.partition.owner(end - 1) : first_worker + warp;
+    const uint32_t last_block = goes_on ? last_worker / warps : blockIdx.x;
+    share.last_warp = last_block == blockIdx.x ? last_worker - first_worker : warps - 1;
+    share.first_block = begin >= piece.begin ? blockIdx.x : piece.partition.owner(begin) / warps;
+    share.blocks = last_block - share.first_block + 1;
   }
+  if (lane_index() == 0) (goes_on ? shared.right_shares : shared.left_shares)[warp] = share;
 }
 
-/// Merges what the block's warps left, then meets the other blocks. Collective over the block, after a barrier.
+/// Merges what the block's warps left, then meets the other blocks. The warps take the rows of all shares in turns.
+/// Collective over the block, after a barrier.
 template <typename T>
-FI_PREFETCH_DEVICE void merge_shares(const DecodeParams& p, const Partition& partition, const SharedMemory<T>& shared) {
+FI_PREFETCH_DEVICE void merge_shares(const DecodeParams& p, const SharedMemory<T>& shared) {
   const uint32_t warps = warps_per_block();
   const uint32_t rows = p.group_size * p.q_len;
-  const uint32_t block_begin = shared.begins[0], block_end = shared.begins[warps];
+  const float* base = reinterpret_cast<const float*>(shared.rings);
   const auto share_at = [&](uint32_t index) -> const Share& {
     const Share* side = index % 2 == 0 ? shared.left_shares : shared.right_shares;
     return side[index / 2];
   };
-  const Share* with_other_blocks[2] = {nullptr, nullptr};  // with the blocks before this one, with those after it
-  uint32_t turn = warp_index();  // rows until this warp's next one; the warps take the rows of all shares in turns
+  uint32_t turn = warp_index();  // rows until this warp's next one
   const bool leads = lane_index() < 2 * warps && share_at(lane_index()).leads;
 #pragma unroll 1
   for (uint32_t left = __ballot_sync(kFullWarp, leads); left != 0; left &= left - 1) {
     const uint32_t index = __ffs(left) - 1;
     const uint32_t first_warp = index / 2;
-    const Share& share = share_at(index);
-    const bool begins_here = share.begin >= block_begin;
-    const bool in_block = begins_here && share.end <= block_end;
-    if (!in_block) (begins_here ? with_other_blocks[1] : with_other_blocks[0]) = &share;
+    const Share share = share_at(index);
 #pragma unroll 1
     for (; turn < rows; turn += warps) {
       const uint32_t n = turn;
-      const MergedRow<T> merged =
-          merge_row<T, false>(share.last_warp - first_warp + 1, [&](uint32_t i) -> const float* {
-            const uint32_t warp = first_warp + i;
-            if (shared.begins[warp] == shared.begins[warp + 1]) return nullptr;
-            const bool ends_here = share.end <= shared.begins[warp + 1];
-            return (ends_here ? shared.left_partial(warp, rows) : shared.right_partial(warp)) + n * T::kPartialStride;
-          });
-      if (in_block) {
+      const MergedRow<T> merged = merge_row<T, false>(base, share.last_warp - first_warp + 1, [&](uint32_t i) {
+        const uint32_t warp = first_warp + i;
+        const bool ends_here = share.end <= shared.begins[warp + 1];
+        const float* partial = ends_here ? shared.left_partial(warp, rows) : shared.right_partial(warp);
+        const uint32_t offset = partial - base + n * T::kPartialStride;
+        return shared.begins[warp] == shared.begins[warp + 1] ? kNoPartial : offset;
+      });
+      if (share.blocks == 1) {
         write_row<T>(p, share.request, share.head, n, merged);
       } else {
-        write_partial_row<T>(block_partial<T>(p, 2 * blockIdx.x + begins_here, n), merged);
+        merge_blocks<T>(p, share, n, merged);
       }
     }
     turn -= rows;
-  }
-#pragma unroll 1
-  for (int after = 0; after < 2; ++after) {
-    const Share* share = after ? with_other_blocks[1] : with_other_blocks[0];
-    if (share != nullptr) merge_blocks<T>(p, partition, *share, shared.flag);
   }
 }
 
@@ -173,53 +164,59 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   const SharedMemory<T> shared(ptx::dynamic_shared_memory(), warps, p.group_size * p.q_len);
   const bool early_load = p.levers.early_load && p.levers.ready == kAllButLastToken;
   const bool before_wait = early_load || p.levers.prologue > 0;
+  if (!before_wait) ptx::wait_for_dependencies();
 
-  // Pass 0, before the kernels that this one depends on have finished: hints, and what the caller promised is final.
-  // Pass 1, after: what is done is decided by the page table as it is now.
+  // Before the kernels that this one depends on have finished: hints, and what the caller promised is final. What is
+  // done is decided by the page table as it is afterwards.
   Piece piece;
+  bool guess = before_wait;
 #pragma unroll 1
-  for (int pass = before_wait ? 0 : 1; pass < 2; ++pass) {
-    if (pass == 1) {
-      if (!early_load) ptx::wait_for_dependencies();
-      if (before_wait && p.levers.ready != kNothing) break;
-    }
-    piece = find_piece<T>(p, shared.rings);
-    if (pass == 0) {
+  while (true) {
+    RequestScan<T::kWindow> scan(p, shared.rings);
+    piece = find_piece<T>(p, scan);
+    if (guess) {
       const uint32_t tiles = min(piece.count, static_cast<uint32_t>(p.levers.prologue));
       if (tiles > 0) prefetch_head_of_piece<T>(p, piece.at, tiles, /*evict_last=*/false);
     }
+    if (guess && !early_load) ptx::wait_for_dependencies();
+    const bool verify = guess && p.levers.ready == kNothing;
+    guess = false;
+    const bool again = verify && scan.changed(p);
+    if (scan.in_shared_memory()) __syncthreads();
+    if (!again) break;
   }
-
-  KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.runs + warp * T::kStages,
-                         piece.at, piece.count);
-  int issued = 0;
-  if (early_load) {
-#pragma unroll 1
-    for (; issued < T::kStages - 1 && pipeline.next_is_older_than(p.q_len); ++issued) pipeline.issue();
-    ptx::wait_for_dependencies();
-  }
-  ptx::launch_dependents();
-  if (piece.some_request_is_empty) write_empty_requests<T>(p);
   if (lane_index() == 0) {
     shared.left_shares[warp].leads = 0;
     shared.right_shares[warp].leads = 0;
     shared.begins[warp] = piece.begin;
     if (warp + 1 == warps) shared.begins[warps] = piece.begin + piece.count;
   }
-
+  KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.runs + warp * T::kStages,
+                         piece.at, piece.count);
+  const uint32_t first_head = pipeline.upcoming().head;
   WarpAttention<T> attention(p);
   Run run{};
   uint32_t run_end = 0;  // in tiles of the piece
   uint32_t stage = 0;
+  bool waited = false;
   const int count = static_cast<int>(piece.count);
 #pragma unroll 1
-  for (int i = issued - (T::kStages - 1); i < count; ++i) {  // below 0: the ring is being filled
+  for (int i = 1 - T::kStages; i < count; ++i) {  // below 0: the ring is being filled
+    if (!waited && !(early_load && i < 0 && pipeline.upcoming_is_older_than(p.q_len))) {
+      waited = true;
+      if (early_load) ptx::wait_for_dependencies();
+      ptx::launch_dependents();
+      // Before the copies that are still to come: behind them it would wait for 128 KB.
+      if (count > 0) attention.load_query(piece.at.request_index, first_head);
+      if (piece.some_request_is_empty) write_empty_requests<T>(p);
+    }
     if (i >= 0) {
       if (i == static_cast<int>(run_end)) {
         __syncwarp();  // the run: lane 0 wrote it
         run = pipeline.run(stage);
         run_end += min(run.tiles - run.tile, piece.count - run_end);
-        attention.start(run.request, run.head);  // its loads fly while the tile's still do
+        if (i > 0) attention.load_query(run.request, run.head);
+        attention.start();
       }
       pipeline.wait();
     }
@@ -229,7 +226,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     run.token += kTileTokens;
     ++run.tile;
     if (i + 1 == static_cast<int>(run_end)) {
-      const uint32_t begin = piece.begin + run_end - run.tile;  // modulo 2^32
+      const uint32_t begin = piece.begin + run_end - run.tile;
       put_away<T>(p, piece, run, begin, begin + run.tiles, attention, shared);
     }
     stage = pipeline.next(stage);
@@ -237,7 +234,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
 
   if (blockIdx.x * warps >= piece.partition.workers) return;  // a block without work, all of its warps
   __syncthreads();
-  merge_shares<T>(p, piece.partition, shared);
+  merge_shares<T>(p, shared);
 }
 
 }  // namespace fi_prefetch

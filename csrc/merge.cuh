@@ -1,8 +1,9 @@
 // Putting together what several warps, then several blocks, computed of one request and kv head. Always in the order of
 // the splits, so the result does not depend on who finished first.
 //
-// Warps meet in shared memory at the block's end. Blocks meet in global memory: each leaves a partial and counts
-// itself; the one that finds the others there merges. Nobody waits for anybody, so no order of execution can hang.
+// Warps meet in shared memory at the block's end. Blocks meet in global memory, row by row: each leaves a partial and
+// counts itself; the one that finds the others there merges. No block waits for another, so no order of execution can
+// hang.
 #pragma once
 
 #include "attention.cuh"
@@ -13,11 +14,12 @@ namespace fi_prefetch {
 struct __align__(16) Share {
   uint32_t request;
   uint32_t head;
-  uint32_t begin;  // the request and head's tiles on the line: [begin, end)
-  uint32_t end;
-  uint32_t leads;      // 1: no earlier warp of this block has a share of it
-  uint32_t last_warp;  // the last one in this block that has (if `leads`)
-  uint32_t padding[2];
+  uint32_t end;          // where the request and head's tiles end on the line
+  uint32_t leads;        // 1: no earlier warp of this block has a share of it. Then also:
+  uint32_t last_warp;    // the last one in this block that has
+  uint32_t first_block;  // the blocks that have
+  uint32_t blocks;
+  uint32_t padding;
 };
 
 /// A query row's sums over several splits; lane l has the dimensions from l * kVector.
@@ -47,50 +49,72 @@ FI_PREFETCH_DEVICE void load_vector(const float* source, float (&x)[N]) {
 
 /// Partials that are merged in one go: a lane looks after each.
 constexpr uint32_t kMostPartials = 32;
+constexpr uint32_t kNoPartial = 0xffffffffu;
 
-/// Merges `count` (at most kMostPartials) rows of partials; row_of(i) is the i-th one's address, or null where it has
-/// nothing. GLOBAL: other blocks wrote them, so L1 must not serve them. Collective over the warp.
-template <typename T, bool GLOBAL, typename RowOf>
-FI_PREFETCH_DEVICE MergedRow<T> merge_row(uint32_t count, RowOf row_of) {
+/// Merges `count` (at most kMostPartials) rows of partials; offset_of(i) is the i-th one's place, in floats from
+/// `base`, or kNoPartial. GLOBAL: other blocks wrote them, so L1 must not serve them. Collective over the warp.
+template <typename T, bool GLOBAL, typename OffsetOf>
+FI_PREFETCH_DEVICE MergedRow<T> merge_row(const float* base, uint32_t count, OffsetOf offset_of) {
   constexpr int kVector = MergedRow<T>::kVector;
-  constexpr int kBatch = 32 / kVector;  // rows whose loads are in flight together: 32 registers
+  constexpr int kHalf = 32 / kVector;      // rows whose loads are in flight together: 32 registers,
+  constexpr int kHalves = GLOBAL ? 2 : 1;  // twice that where they come from far
+  constexpr int kBatch = kHalves * kHalf;
   const uint32_t lane = lane_index();
+  const uint32_t width = count <= 8 ? 8 : 32;  // lanes that look after different rows; the others repeat them
+  const uint32_t index = lane & (width - 1);
+  const uint32_t repeated = index < count ? offset_of(index) : kNoPartial;
+  const uint32_t own = lane < count ? repeated : kNoPartial;
   float max = -INFINITY, sum = 0.0f;
-  const float* own = lane < count ? row_of(lane) : nullptr;
-  if (own != nullptr) {
+  if (repeated != kNoPartial) {
     float x[2];
-    load_vector<2, GLOBAL>(own + T::kHeadDim, x);
+    load_vector<2, GLOBAL>(base + repeated + T::kHeadDim, x);
     max = x[0], sum = x[1];
   }
+  float x[kBatch][kVector];
+  const auto load_batch = [&](uint32_t first) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      if (first + half * kHalf >= count) break;
+#pragma unroll
+      for (int i = half * kHalf; i < (half + 1) * kHalf; ++i) {
+#pragma unroll
+        for (int d = 0; d < kVector; ++d) x[i][d] = 0.0f;
+        const uint32_t row = __shfl_sync(kFullWarp, own, (first + i) % 32);
+        if (row != kNoPartial) load_vector<kVector, GLOBAL>(base + row + lane * kVector, x[i]);
+      }
+    }
+  };
+  load_batch(0);  // on its way while the weights are worked out
   MergedRow<T> merged;
   merged.max = max;
-  for (int distance = 16; distance > 0; distance /= 2) {
+#pragma unroll 1
+  for (uint32_t distance = width / 2; distance > 0; distance /= 2) {
     merged.max = fmaxf(merged.max, __shfl_xor_sync(kFullWarp, merged.max, distance));
   }
   const float weight = max == -INFINITY ? 0.0f : ptx::exp2_fast(max - merged.max);
   merged.sum = weight * sum;
-  for (int distance = 16; distance > 0; distance /= 2) {
+#pragma unroll 1
+  for (uint32_t distance = width / 2; distance > 0; distance /= 2) {
     merged.sum += __shfl_xor_sync(kFullWarp, merged.sum, distance);
   }
 #pragma unroll
   for (int d = 0; d < kVector; ++d) merged.output[d] = 0.0f;
-  for (uint32_t first = 0; first < count; first += kBatch) {
-    float x[kBatch][kVector];
+#pragma unroll 1
+  for (uint32_t first = 0;;) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int half = 0; half < kHalves; ++half) {
+      if (first + half * kHalf >= count) break;
 #pragma unroll
-      for (int d = 0; d < kVector; ++d) x[i][d] = 0.0f;
-      const uintptr_t row = __shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(own), (first + i) % 32);
-      if (row != 0) load_vector<kVector, GLOBAL>(reinterpret_cast<const float*>(row) + lane * kVector, x[i]);
+      for (int i = half * kHalf; i < (half + 1) * kHalf; ++i) {
+        const float w = __shfl_sync(kFullWarp, weight, (first + i) % 32);  // of a row without a partial: of zeros
+#pragma unroll
+        for (int d = 0; d < kVector; ++d) merged.output[d] += w * x[i][d];
+      }
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const float w = __shfl_sync(kFullWarp, weight, (first + i) % 32);
-#pragma unroll
-      for (int d = 0; d < kVector; ++d) merged.output[d] += w * x[i][d];
-    }
+    first += kBatch;
+    if (first >= count) return merged;
+    load_batch(first);
   }
-  return merged;
 }
 
 /// Writes a finished row of `o` and `lse`. Collective over the warp.
@@ -123,63 +147,55 @@ FI_PREFETCH_DEVICE void write_partial_row(float* row, const MergedRow<T>& merged
   if (lane_index() == 0) __stcg(reinterpret_cast<float2*>(row + T::kHeadDim), make_float2(merged.max, merged.sum));
 }
 
-/// Counts this block in; whether it is the last of `expected`, which then sees all that the others wrote before, and
-/// which sets the counter back to zero for the next call. Collective over the block; `flag` is in shared memory.
-FI_PREFETCH_DEVICE bool arrive(int32_t* counter, uint32_t expected, uint32_t* flag) {
-  __syncthreads();  // the block's partials before the count, which releases them all
-  if (threadIdx.x == 0) {
-    const bool last = ptx::add_acquire_release(counter, 1) + 1 == static_cast<int32_t>(expected);
-    if (last) *counter = 0;
-    *flag = last;
-  }
-  __syncthreads();
-  return *flag;  // the next arrive() passes its barrier before it writes the flag again
+/// Counts one row of this block's partial in; whether it is the last of `expected`, which then sees what the others
+/// wrote before they counted, and which sets the counter back to zero for the next call. Collective over the warp.
+FI_PREFETCH_DEVICE bool arrive(int32_t* counter, uint32_t expected) {
+  __syncwarp();  // the other lanes' part of the row before lane 0's count, which releases it
+  int32_t before = 0;
+  if (lane_index() == 0) before = ptx::add_acquire_release(counter, 1);
+  const bool last = __shfl_sync(kFullWarp, before, 0) + 1 == static_cast<int32_t>(expected);
+  if (last && lane_index() == 0) *counter = 0;
+  __syncwarp();  // what lane 0 acquired, for every lane
+  return last;
 }
 
-/// A block has two places in global memory: for what it shares with blocks before it, and for what begins in it and
-/// goes on after it.
+/// Where row n of a slot of p.partials is, in floats: below 2^32, as there are at most 2 * 1024 slots of 16 rows. A
+/// block has two slots: for what it shares with blocks before it, and for what begins in it and goes on after it.
 template <typename T>
-FI_PREFETCH_DEVICE float* block_partial(const DecodeParams& p, uint32_t slot, uint32_t n) {
-  const uint32_t rows = p.group_size * p.q_len;
-  return p.partials + static_cast<size_t>(slot * rows + n) * T::kPartialStride;
+FI_PREFETCH_DEVICE uint32_t partial_offset(uint32_t slot, uint32_t rows, uint32_t n) {
+  return (slot * rows + n) * T::kPartialStride;
 }
 
-/// The meeting of the blocks that share a request and head: counts this block in, and merges if it is the last. Beyond
-/// kMostPartials blocks it has two levels of about the square root of their number: a second meeting costs 1 to 2 us,
-/// and one block alone reads partials at the 100 GB/s or so that an SM gets from L2. Collective over the block; `flag`
-/// is in shared memory.
+/// The meeting of the blocks that share a request and head, for one query row: leaves this block's sums, and merges all
+/// of them if it is the last to come. Beyond kMostPartials blocks it has two levels of about the square root of their
+/// number. Rows meet apart from each other, a warp each, so no warp waits for its block. Collective over the warp.
 template <typename T>
-FI_PREFETCH_DEVICE void merge_blocks(const DecodeParams& p, const Partition& partition, const Share& share,
-                                     uint32_t* flag) {
+FI_PREFETCH_DEVICE void merge_blocks(const DecodeParams& p, const Share& share, uint32_t n, MergedRow<T> merged) {
   const uint32_t rows = p.group_size * p.q_len;
-  const uint32_t first_block = partition.owner(share.begin) / warps_per_block();
-  const uint32_t blocks = partition.owner(share.end - 1) / warps_per_block() - first_block + 1;
+  const uint32_t first_block = share.first_block, blocks = share.blocks;
   uint32_t fan_in = blocks;
   if (blocks > kMostPartials) {
     for (fan_in = 6; fan_in * fan_in < blocks;) ++fan_in;
   }
   const auto slot = [&](uint32_t block) { return 2 * block + (block == first_block); };
 
-  // First level: every block of a chunk of fan_in neighbours. Second: the first block's place of every chunk.
-  const uint32_t chunk = (blockIdx.x - first_block) / fan_in;
+  // First level: every block of a chunk of fan_in neighbours. Second: the first block's slot of every chunk.
+  const uint32_t chunk = fan_in == blocks ? 0 : (blockIdx.x - first_block) / fan_in;
+  uint32_t own = slot(blockIdx.x);
   uint32_t first = first_block + chunk * fan_in, step = 1, count = min(fan_in, blocks - chunk * fan_in);
-  int32_t* counter = p.counters + slot(first);
+  int32_t* counter = p.counters + slot(first) * rows + n;
 #pragma unroll 1
-  while (arrive(counter, count, flag)) {
-    const bool done = step * count == blocks || step == fan_in;
-    for (uint32_t n = warp_index(); n < rows; n += warps_per_block()) {
-      const MergedRow<T> merged = merge_row<T, true>(
-          count, [&](uint32_t i) -> const float* { return block_partial<T>(p, slot(first + i * step), n); });
-      if (done) {
-        write_row<T>(p, share.request, share.head, n, merged);
-      } else {
-        write_partial_row<T>(block_partial<T>(p, slot(first), n), merged);
-      }
-    }
-    if (done) return;
+  while (true) {
+    write_partial_row<T>(p.partials + partial_offset<T>(own, rows, n), merged);
+    if (!arrive(counter, count)) return;
+    merged = merge_row<T, true>(p.partials, count,
+                                [&](uint32_t i) { return partial_offset<T>(slot(first + i * step), rows, n); });
+    if (step * count == blocks || step == fan_in) break;
+    own = slot(first);
     first = first_block, step = fan_in, count = (blocks + fan_in - 1) / fan_in;
-    counter = p.counters + 2 * gridDim.x + first_block;
+    counter = p.counters + (2 * gridDim.x + first_block) * rows + n;
   }
+  write_row<T>(p, share.request, share.head, n, merged);
 }
 
 }  // namespace fi_prefetch

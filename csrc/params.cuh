@@ -69,7 +69,7 @@ struct DecodeParams {
   float* lse;          // [batch * q_len, num_qo_heads], base 2, or null
   const float* sinks;  // [num_qo_heads] or null
   float* partials;     // [2 * gridDim.x, rows, HEAD_DIM + 4]
-  int32_t* counters;   // [3 * gridDim.x], zero between calls
+  int32_t* counters;   // [3 * gridDim.x, rows], zero between calls
 };
 
 }  // namespace fi_prefetch

@@ -37,14 +37,10 @@ struct TileLayout {
 template <typename T>
 class KvPipeline {
  public:
-  /// Shared memory of one warp, in bytes.
-  static constexpr uint32_t kSharedBytes = T::kStages * (T::kStageBytes + sizeof(Run));
-
   /// The warp's piece is `count` tiles (perhaps none), from the one at `at` on.
   FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* ring, Run* runs, const Location& at, uint32_t count)
       : p_(p),
-        cursor_(at),
-        rows_(p, cursor_.head),
+        ahead_(at),
         runs_(runs),
         ring_(ptx::shared_address(ring)),
         count_(count),
@@ -52,22 +48,24 @@ class KvPipeline {
     if (count_ > 0) load_pages();
   }
 
-  /// Whether the next tile to issue holds none of its request's `newest` newest tokens.
-  FI_PREFETCH_DEVICE bool next_is_older_than(int32_t newest) const {
-    return issued_ < count_ && cursor_.token() + kTileTokens <= cursor_.request.length - newest;
+  /// The next tile to issue.
+  FI_PREFETCH_DEVICE const TileCursor<T::kWindow>& upcoming() const { return pair_is_done_ ? ahead_ : at_; }
+
+  /// Whether it holds none of its request's `newest` newest tokens.
+  FI_PREFETCH_DEVICE bool upcoming_is_older_than(int32_t newest) const {
+    return issued_ < count_ && upcoming().token() + kTileTokens <= upcoming().request.length - newest;
   }
 
   /// Starts the copies of the next tile, if there is one, into the ring's next stage. Always closes a group, so that
   /// "all but the newest kStages - 1 groups" means the same tile for every count.
   FI_PREFETCH_DEVICE void issue() {
     if (issued_ < count_) {
+      if (pair_is_done_) take_next_pair();
       copy_tile();
       if (p_.levers.run_ahead > 0) run_ahead();
-      if (++issued_ < count_) {
-        cursor_.advance(p_);
-        rows_.set_head(cursor_.head);
-        load_pages();
-      }
+      ++issued_;
+      ++at_.tile;
+      pair_is_done_ = at_.tile % 2 == 0 || at_.tile == at_.request.tiles;
     }
     ptx::copy_async_commit();
     stage_to_fill_ = next(stage_to_fill_);
@@ -88,7 +86,29 @@ class KvPipeline {
   FI_PREFETCH_DEVICE static uint32_t next(uint32_t stage) { return stage + 1 == T::kStages ? 0 : stage + 1; }
 
  private:
-  /// A row's chunks are copied by kRowChunks neighbouring lanes, so a warp's instruction copies whole rows.
+  /// Starts the load of the page numbers of the pair of tiles (an even one and the next) that `ahead_` is in: one token
+  /// a lane. They are used two tiles later: with 128 KB on their way to every SM a load takes as long as a tile or two.
+  FI_PREFETCH_DEVICE void load_pages() {
+    const int32_t token =
+        min(ahead_.request.first_token + static_cast<int32_t>(ahead_.tile / 2 * (2 * kTileTokens) + lane_index()),
+            ahead_.request.length - 1);
+    const PageSlot place(p_.table, token);
+    page_ = __ldcg(p_.table.indices + ahead_.request.page_begin + place.page);
+    slot_ = place.slot;
+  }
+
+  /// Works out where the rows of the pair lie whose page numbers were loaded, and starts the load of the next pair's.
+  FI_PREFETCH_DEVICE void take_next_pair() {
+    at_ = ahead_;
+    const uint32_t page = clamped_page(p_.table, page_);
+    k_offset_ = page * p_.k.page_stride + slot_ * p_.k.token_stride + at_.head * p_.k.head_stride;
+    v_offset_ = page * p_.v.page_stride + slot_ * p_.v.token_stride + at_.head * p_.v.head_stride;
+    ahead_.advance(p_, 2 - at_.tile % 2);
+    load_pages();
+  }
+
+  /// A row's chunks are copied by kRowChunks neighbouring lanes, so a warp's instruction copies whole rows. Rows beyond
+  /// the request's length are copies of its last token's.
   FI_PREFETCH_DEVICE void copy_tile() {
     constexpr int kRowsPerCopy = 32 / T::kRowChunks;
     constexpr int kCopies = kTileTokens / kRowsPerCopy;
@@ -98,53 +118,54 @@ class KvPipeline {
     // first_row < kRowsPerCopy, so TileLayout::offset(copy * kRowsPerCopy + first_row, chunk) is this with constants
     // added and exclusive-ored: one instruction a copy.
     const uint32_t lane_offset = TileLayout<T>::offset(first_row, chunk);
-
-    const uint32_t row_offset = rows_.offset(p_, place_);
+    const uint32_t first_lane = at_.tile % 2 * kTileTokens + first_row;
     const uint32_t stage = k_tile(stage_to_fill_);
     const uint8_t* k = p_.k.data + chunk * 16;
     const uint8_t* v = p_.v.data + chunk * 16;
 #pragma unroll
     for (int copy = 0; copy < kCopies; ++copy) {
-      const uint32_t row = copy * kRowsPerCopy + first_row;
       const uint32_t destination = stage + copy * kRowsPerCopy * T::kRowBytes +
                                    (lane_offset ^ (T::kRowChunks >= 8 ? (copy * kRowsPerCopy % 8) << 4 : 0));
-      const uint32_t k_offset = __shfl_sync(kFullWarp, row_offset, row);
+      const uint32_t k_offset = __shfl_sync(kFullWarp, k_offset_, first_lane + copy * kRowsPerCopy);
       ptx::copy_async_16(destination, TileRows::address(k, p_.unit_bytes, k_offset), policy_);
-      const uint32_t v_offset = __shfl_sync(kFullWarp, row_offset, kTileTokens + row);
+      const uint32_t v_offset = __shfl_sync(kFullWarp, v_offset_, first_lane + copy * kRowsPerCopy);
       ptx::copy_async_16(destination + T::kTileBytes, TileRows::address(v, p_.unit_bytes, v_offset), policy_);
     }
-    if ((issued_ == 0 || cursor_.tile == 0) && lane == 0) {
-      runs_[stage_to_fill_] = {cursor_.request_index, cursor_.head,          cursor_.token(), cursor_.request.length,
-                               cursor_.tile,          cursor_.request.tiles, {0, 0}};
+    if ((issued_ == 0 || at_.tile == 0) && lane == 0) {
+      runs_[stage_to_fill_] = {at_.request_index, at_.head,          at_.token(), at_.request.length,
+                               at_.tile,          at_.request.tiles, {0, 0}};
     }
   }
 
   /// The paper's lever: bring the tile `run_ahead` tiles on into L2, if this warp will read it and it is of the same
-  /// request and head (the cursor knows no other's pages).
+  /// request and head (the cursor knows no other's pages). Its page numbers were loaded a tile before.
   FI_PREFETCH_DEVICE void run_ahead() {
     const uint32_t distance = p_.levers.run_ahead;
-    if (issued_ + distance < count_ && cursor_.tile + distance < cursor_.request.tiles) {
-      rows_.template prefetch<T>(p_, cursor_, ahead_, distance, /*evict_last=*/false);
+    const TileRows rows(p_, at_.head);
+    if (far_tile_ == at_.tile + distance && issued_ + distance < count_) {
+      rows.template prefetch<T>(p_, at_, far_, distance, /*evict_last=*/false);
     }
-  }
-
-  /// The page numbers that the next issue() needs, a step ahead: nobody waits for them.
-  FI_PREFETCH_DEVICE void load_pages() {
-    place_ = rows_.find(p_, cursor_);
-    if (p_.levers.run_ahead > 0) ahead_ = rows_.find(p_, cursor_, p_.levers.run_ahead);
+    const bool same_run = at_.tile + 1 + distance < at_.request.tiles;
+    far_tile_ = same_run ? at_.tile + 1 + distance : 0;
+    if (same_run) far_ = rows.find(p_, at_, distance + 1);
   }
 
   const DecodeParams& p_;
-  TileCursor<T::kWindow> cursor_;
-  TileRows rows_;
+  TileCursor<T::kWindow> at_;     // the next tile to issue, unless its pair is done
+  TileCursor<T::kWindow> ahead_;  // in the pair after it
+  int32_t page_ = 0;              // of this lane's token of that pair, as the page table says
+  uint32_t slot_ = 0;
+  uint32_t k_offset_ = 0;  // where this lane's token of at_'s pair lies, in units
+  uint32_t v_offset_ = 0;
+  bool pair_is_done_ = true;
   Run* runs_;
   uint32_t ring_;
   uint32_t count_;
   uint64_t policy_;
   uint32_t issued_ = 0;
   uint32_t stage_to_fill_ = 0;
-  RowPlace place_{};
-  RowPlace ahead_{};
+  RowPlace far_{};
+  uint32_t far_tile_ = 0;  // 0: none
 };
 
 }  // namespace fi_prefetch

@@ -6,15 +6,30 @@
 
 namespace fi_prefetch {
 
-/// Where this lane's row of a tile lies, but for the page number, whose load may still be on its way: what follows from
-/// the page table is worked out only when the row is copied or asked for, so that no lane waits for the load before.
+/// Which of a request's pages holds a token, and where in it.
+struct PageSlot {
+  int32_t page;
+  uint32_t slot;
+
+  FI_PREFETCH_DEVICE PageSlot(const PageTable& table, int32_t token)
+      : page(table.page_shift >= 0 ? token >> table.page_shift : token / table.page_size),
+        slot(token - page * table.page_size) {}
+};
+
+/// No page number leads outside the cache: negative ones are large unsigned ones. Applied where the number is used, not
+/// where it is loaded, so that nobody waits for the load before.
+FI_PREFETCH_DEVICE uint32_t clamped_page(const PageTable& table, int32_t page) {
+  return min(static_cast<uint32_t>(page), static_cast<uint32_t>(table.num_pages - 1));
+}
+
+/// Where this lane's row of a tile lies, but for the page number, whose load may still be on its way.
 struct RowPlace {
-  int32_t page;   // as the page table says; not clamped yet
+  int32_t page;   // as the page table says
   uint32_t rest;  // of slot and head, in units
 };
 
-/// Lane t < 16 stands for the K row of the tile's token t, lane 16 + t for its V row. One number a lane says where its
-/// row is; a copy gets it by shuffle.
+/// Lane t < 16 stands for the K row of the tile's token t, lane 16 + t for its V row. So a warp asks for a tile with
+/// an instruction a line of a row.
 class TileRows {
  public:
   FI_PREFETCH_DEVICE TileRows(const DecodeParams& p, uint32_t head) {
@@ -33,15 +48,13 @@ class TileRows {
   FI_PREFETCH_DEVICE RowPlace find(const DecodeParams& p, const Cursor& at, uint32_t distance = 0) const {
     const int32_t token = min(at.token() + static_cast<int32_t>(distance * kTileTokens + lane_index() % kTileTokens),
                               at.request.length - 1);
-    const int32_t page = p.table.page_shift >= 0 ? token >> p.table.page_shift : token / p.table.page_size;
-    const uint32_t slot = token - page * p.table.page_size;
-    return {__ldcg(p.table.indices + at.request.page_begin + page), slot * token_stride_ + head_offset_};
+    const PageSlot place(p.table, token);
+    return {__ldcg(p.table.indices + at.request.page_begin + place.page), place.slot * token_stride_ + head_offset_};
   }
 
-  /// In units from the tensor's base. No page number leads outside the cache: negative ones are large unsigned ones.
+  /// In units from the tensor's base.
   FI_PREFETCH_DEVICE uint32_t offset(const DecodeParams& p, const RowPlace& place) const {
-    return min(static_cast<uint32_t>(place.page), static_cast<uint32_t>(p.table.num_pages - 1)) * page_stride_ +
-           place.rest;
+    return clamped_page(p.table, place.page) * page_stride_ + place.rest;
   }
 
   /// A product of 32-bit numbers, added to a 64-bit one: one instruction.

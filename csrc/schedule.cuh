@@ -12,7 +12,13 @@ namespace fi_prefetch {
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
 FI_PREFETCH_DEVICE uint32_t lane_index() { return threadIdx.x % 32; }
-FI_PREFETCH_DEVICE uint32_t warp_index() { return threadIdx.x / 32; }
+/// A value that is the same in every lane, said so that the compiler knows it, and keeps what hangs on it free of
+/// checks for lanes that went another way.
+template <typename Value>
+FI_PREFETCH_DEVICE Value uniform(Value value) {
+  return __shfl_sync(kFullWarp, value, 0);
+}
+FI_PREFETCH_DEVICE uint32_t warp_index() { return uniform(threadIdx.x / 32); }
 FI_PREFETCH_DEVICE uint32_t warps_per_block() { return blockDim.x / 32; }
 
 FI_PREFETCH_DEVICE uint32_t warp_inclusive_sum(uint32_t x) {
@@ -39,6 +45,10 @@ struct __align__(16) Request {
   int32_t length;       // tokens in its KV cache
   int32_t first_token;  // first token of tile 0: 0, or the tile that holds the sliding window's first token
   uint32_t tiles;       // 0: nothing to attend to
+
+  FI_PREFETCH_DEVICE bool operator!=(const Request& other) const {
+    return page_begin != other.page_begin || length != other.length;  // the rest follows from them
+  }
 
   /// Lane `source`'s request. Collective over the warp.
   FI_PREFETCH_DEVICE Request of_lane(int source) const {
@@ -116,6 +126,17 @@ class RequestScan {
     total_ = __reduce_add_sync(kFullWarp, sum);
   }
 
+  /// Whether the page table says something else now. Collective over the block.
+  FI_PREFETCH_DEVICE bool changed(const DecodeParams& p) const {
+    if (groups_ == 0) return __any_sync(kFullWarp, load_request<WINDOW>(p, lane_index()) != request_);
+    bool any = false;
+    for (uint32_t group = warp_index(); group < groups_; group += warps_per_block()) {
+      const uint32_t r = group * 32 + lane_index();
+      any |= load_request<WINDOW>(p, r) != requests_[r];
+    }
+    return __syncthreads_or(any);
+  }
+
   FI_PREFETCH_DEVICE bool in_shared_memory() const { return groups_ > 0; }
   FI_PREFETCH_DEVICE bool some_request_is_empty() const { return some_empty_; }
   /// Tiles of one kv head over all requests.
@@ -171,11 +192,14 @@ struct Partition {
 
   FI_PREFETCH_DEVICE uint32_t begin(uint32_t j) const { return j >= workers ? tiles : __umulhi(tiles, j * share); }
 
-  /// The worker whose piece holds `tile`. A float guess, then exact: it is off by a few at most.
+  /// The worker whose piece holds `tile`: the last one that begins at it or before. A float guess, then exact.
   FI_PREFETCH_DEVICE uint32_t owner(uint32_t tile) const {
-    const float guess = static_cast<float>(tile) * __fdividef(static_cast<float>(workers), static_cast<float>(tiles));
+    const float guess =
+        static_cast<float>(tile + 1) * __fdividef(static_cast<float>(workers), static_cast<float>(tiles));
     uint32_t j = min(static_cast<uint32_t>(guess), workers - 1);
+#pragma unroll 1
     while (begin(j) > tile) --j;
+#pragma unroll 1
     while (begin(j + 1) <= tile) ++j;
     return j;
   }
@@ -204,6 +228,7 @@ struct TileCursor {
   uint32_t head;
   uint32_t tile;
 
+  TileCursor() = default;
   FI_PREFETCH_DEVICE explicit TileCursor(const Location& at) : request(at.request), request_index(at.request_index) {
     const uint32_t tiles = max(request.tiles, 1u);  // a warp without a piece has no location
     head = small_quotient(at.offset, tiles);
@@ -212,9 +237,10 @@ struct TileCursor {
 
   FI_PREFETCH_DEVICE int32_t token() const { return request.first_token + static_cast<int32_t>(tile * kTileTokens); }
 
-  /// To the next tile. The caller knows that there is one.
-  FI_PREFETCH_DEVICE void advance(const DecodeParams& p) {
-    if (++tile < request.tiles) return;
+  /// `tiles` on, but at most to the first tile of the next kv head or request. The caller knows that there is one.
+  FI_PREFETCH_DEVICE void advance(const DecodeParams& p, uint32_t tiles = 1) {
+    tile += tiles;
+    if (tile < request.tiles) return;
     tile = 0;
     if (++head < static_cast<uint32_t>(p.num_kv_heads)) return;
     head = 0;

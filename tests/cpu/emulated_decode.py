@@ -153,7 +153,7 @@ def arguments(problem: Problem):
     lse, lse_buffer = guarded(tuple(p.q.shape[:2]), torch.float32)
     stride = p.q.shape[2] + 4
     partials, partials_buffer = guarded((2 * p.blocks * p.rows * stride,), torch.float32)
-    counters = torch.zeros(3 * p.blocks + 32, dtype=torch.int32)
+    counters = torch.zeros(3 * p.blocks * p.rows + 32, dtype=torch.int32)
     itemsize = p.k.element_size()
     byte_strides = [s * itemsize for t in (p.k, p.v) for s in (t.stride(0), t.stride(1), t.stride(2))]
     unit_shift = min((s & -s).bit_length() - 1 for s in byte_strides if s > 0)
