@@ -60,8 +60,10 @@ class KvPipeline {
   /// "all but the newest kStages - 1 groups" means the same tile for every count.
   FI_PREFETCH_DEVICE void issue() {
     if (issued_ < count_) {
-      if (pair_is_done_) take_next_pair();
+      const bool new_pair = pair_is_done_;
+      if (new_pair) take_next_pair();
       copy_tile();
+      if (new_pair) load_pages_ahead();
       if (p_.levers.run_ahead > 0) run_ahead();
       ++issued_;
       ++at_.tile;
@@ -97,12 +99,16 @@ class KvPipeline {
     slot_ = place.slot;
   }
 
-  /// Works out where the rows of the pair lie whose page numbers were loaded, and starts the load of the next pair's.
+  /// Works out where the rows of the pair lie whose page numbers were loaded.
   FI_PREFETCH_DEVICE void take_next_pair() {
     at_ = ahead_;
     const uint32_t page = clamped_page(p_.table, page_);
     k_offset_ = page * p_.k.page_stride + slot_ * p_.k.token_stride + at_.head * p_.k.head_stride;
     v_offset_ = page * p_.v.page_stride + slot_ * p_.v.token_stride + at_.head * p_.v.head_stride;
+  }
+
+  /// After a pair's first copies, which must not wait for it: the next pair.
+  FI_PREFETCH_DEVICE void load_pages_ahead() {
     ahead_.advance(p_, 2 - at_.tile % 2);
     load_pages();
   }
