@@ -73,13 +73,12 @@ class WarpAttention {
       const typename T::Q* q = static_cast<const typename T::Q*>(p_.q) +
                                (static_cast<int64_t>(request) * p_.q_len + token) * p_.q_stride_n +
                                (head * p_.group_size + head_in_group) * p_.q_stride_h;
+      // Where K's ldmatrix leaves the 16 dimensions of a product: for fp8 four neighbours in a lane.
+      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(q) + (T::kFp8 ? 2 : 1) * j;
 #pragma unroll
       for (int k = 0; k < kProducts; ++k) {
-        // Where K's ldmatrix leaves the 16 dimensions of a product: for fp8 four neighbours in a lane.
-        const int low = k * 16 + (T::kFp8 ? 4 * j : 2 * j);
-        const int high = low + (T::kFp8 ? 2 : 8);
-        loaded_query_[n][k][0] = __ldcg(reinterpret_cast<const uint32_t*>(q + low));
-        loaded_query_[n][k][1] = __ldcg(reinterpret_cast<const uint32_t*>(q + high));
+        loaded_query_[n][k][0] = __ldcg(pairs + k * 8);
+        loaded_query_[n][k][1] = __ldcg(pairs + k * 8 + (T::kFp8 ? 1 : 4));
       }
     }
   }
@@ -142,7 +141,7 @@ class WarpAttention {
       }
       // A fragment has dimensions as rows; transposed, a lane has neighbouring dimensions of query row p.
       const QueryRow row(p_, n * 8 + p_row);
-      O* o = static_cast<O*>(p_.o) + output_row(p_, request, head, row) * T::kHeadDim;
+      O* o = static_cast<O*>(p_.o) + output_row(p_, request, head, row) * T::kHeadDim + (T::kFp8 ? 4 : 2) * j;
 #pragma unroll
       for (int d = 0; d < kProducts; ++d) {
         const float (&x)[4] = output_[d][n];
@@ -150,11 +149,11 @@ class WarpAttention {
         const uint32_t b = ptx::transpose_matrix(pack<O>(x[2] * scale[0], x[3] * scale[1]));
         if (!row.valid) continue;
         if constexpr (T::kFp8) {  // a: dimensions 4j, 4j + 2; b: 4j + 1, 4j + 3
-          uint2* destination = reinterpret_cast<uint2*>(o + d * 16 + 4 * j);
+          uint2* destination = reinterpret_cast<uint2*>(o + d * 16);
           *destination = make_uint2(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
         } else {  // a: dimensions 2j, 2j + 1; b: those 8 on
-          *reinterpret_cast<uint32_t*>(o + d * 16 + 2 * j) = a;
-          *reinterpret_cast<uint32_t*>(o + d * 16 + 8 + 2 * j) = b;
+          *reinterpret_cast<uint32_t*>(o + d * 16) = a;
+          *reinterpret_cast<uint32_t*>(o + d * 16 + 8) = b;
         }
       }
     }
@@ -170,10 +169,11 @@ class WarpAttention {
         const uint32_t row_index = n * 8 + 2 * j + e;
         if (row_index >= static_cast<uint32_t>(p_.group_size * p_.q_len)) continue;
         float* row = partial + row_index * T::kPartialStride;
+        float* dimensions = row + (T::kFp8 ? 2 : 1) * p_row;
 #pragma unroll
         for (int d = 0; d < kProducts; ++d) {
-          row[d * 16 + (T::kFp8 ? 2 * p_row : p_row)] = output_[d][n][e];
-          row[d * 16 + (T::kFp8 ? 2 * p_row + 1 : p_row + 8)] = output_[d][n][2 + e];
+          dimensions[d * 16] = output_[d][n][e];
+          dimensions[d * 16 + (T::kFp8 ? 1 : 8)] = output_[d][n][2 + e];
         }
         if (p_row == 0) {
           row[T::kHeadDim] = max_[n * 2 + e];

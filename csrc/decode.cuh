@@ -191,45 +191,54 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     shared.begins[warp] = piece.begin;
     if (warp + 1 == warps) shared.begins[warps] = piece.begin + piece.count;
   }
-  KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.runs + warp * T::kStages,
-                         piece.at, piece.count);
-  const uint32_t first_head = pipeline.upcoming().head;
   WarpAttention<T> attention(p);
+  const TileCursor<T::kWindow> first(piece.at);
+  KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.runs + warp * T::kStages, first,
+                         piece.count);
+  if (!early_load) {
+    ptx::launch_dependents();
+    // Before the copies, behind 128 KB of which it would wait otherwise.
+    if (piece.count > 0) attention.load_query(first.request_index, first.head);
+    if (piece.some_request_is_empty) write_empty_requests<T>(p);
+  }
   Run run{};
   uint32_t run_end = 0;  // in tiles of the piece
   uint32_t stage = 0;
-  bool waited = false;
   const int count = static_cast<int>(piece.count);
+  int i = 1 - T::kStages;  // below 0: the ring is being filled
+  bool early = early_load;
 #pragma unroll 1
-  for (int i = 1 - T::kStages; i < count; ++i) {  // below 0: the ring is being filled
-    if (!waited && !(early_load && i < 0 && pipeline.upcoming_is_older_than(p.q_len))) {
-      waited = true;
-      if (early_load) ptx::wait_for_dependencies();
+  while (true) {
+    if (early_load && !early) {
+      ptx::wait_for_dependencies();
       ptx::launch_dependents();
-      // Before the copies that are still to come: behind them it would wait for 128 KB.
-      if (count > 0) attention.load_query(piece.at.request_index, first_head);
       if (piece.some_request_is_empty) write_empty_requests<T>(p);
     }
-    if (i >= 0) {
-      if (i == static_cast<int>(run_end)) {
-        __syncwarp();  // the run: lane 0 wrote it
-        run = pipeline.run(stage);
-        run_end += min(run.tiles - run.tile, piece.count - run_end);
-        if (i > 0) attention.load_query(run.request, run.head);
-        attention.start();
+#pragma unroll 1
+    for (; early ? i < 0 && pipeline.upcoming_is_older_than(p.q_len) : i < count; ++i) {
+      if (i >= 0) {
+        if (i == static_cast<int>(run_end)) {
+          __syncwarp();  // the run: lane 0 wrote it
+          run = pipeline.run(stage);
+          run_end += min(run.tiles - run.tile, piece.count - run_end);
+          if (i > 0 || early_load) attention.load_query(run.request, run.head);
+          attention.start();
+        }
+        pipeline.wait();
       }
-      pipeline.wait();
+      pipeline.issue();
+      if (i < 0) continue;
+      attention.add_tile(pipeline.k_tile(stage), pipeline.v_tile(stage), run.token, run.length);
+      run.token += kTileTokens;
+      ++run.tile;
+      if (i + 1 == static_cast<int>(run_end)) {
+        const uint32_t begin = piece.begin + run_end - run.tile;
+        put_away<T>(p, piece, run, begin, begin + run.tiles, attention, shared);
+      }
+      stage = pipeline.next(stage);
     }
-    pipeline.issue();
-    if (i < 0) continue;
-    attention.add_tile(pipeline.k_tile(stage), pipeline.v_tile(stage), run.token, run.length);
-    run.token += kTileTokens;
-    ++run.tile;
-    if (i + 1 == static_cast<int>(run_end)) {
-      const uint32_t begin = piece.begin + run_end - run.tile;
-      put_away<T>(p, piece, run, begin, begin + run.tiles, attention, shared);
-    }
-    stage = pipeline.next(stage);
+    if (!early) break;
+    early = false;
   }
 
   if (blockIdx.x * warps >= piece.partition.workers) return;  // a block without work, all of its warps

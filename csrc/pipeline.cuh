@@ -37,13 +37,16 @@ struct TileLayout {
 template <typename T>
 class KvPipeline {
  public:
-  /// The warp's piece is `count` tiles (perhaps none), from the one at `at` on.
-  FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* ring, Run* runs, const Location& at, uint32_t count)
+  /// The warp's piece is `count` tiles (perhaps none), from `first` on.
+  FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* ring, Run* runs, const TileCursor<T::kWindow>& first,
+                                uint32_t count)
       : p_(p),
-        ahead_(at),
+        ahead_(first),
         runs_(runs),
         ring_(ptx::shared_address(ring)),
         count_(count),
+        k_(ptx::opaque(p.k.data + lane_index() % T::kRowChunks * 16)),
+        v_(ptx::opaque(p.v.data + lane_index() % T::kRowChunks * 16)),
         policy_(p.levers.stream ? ptx::policy_evict_first() : ptx::policy_evict_normal()) {
     if (count_ > 0) load_pages();
   }
@@ -126,16 +129,14 @@ class KvPipeline {
     const uint32_t lane_offset = TileLayout<T>::offset(first_row, chunk);
     const uint32_t first_lane = at_.tile % 2 * kTileTokens + first_row;
     const uint32_t stage = k_tile(stage_to_fill_);
-    const uint8_t* k = p_.k.data + chunk * 16;
-    const uint8_t* v = p_.v.data + chunk * 16;
 #pragma unroll
     for (int copy = 0; copy < kCopies; ++copy) {
       const uint32_t destination = stage + copy * kRowsPerCopy * T::kRowBytes +
                                    (lane_offset ^ (T::kRowChunks >= 8 ? (copy * kRowsPerCopy % 8) << 4 : 0));
       const uint32_t k_offset = __shfl_sync(kFullWarp, k_offset_, first_lane + copy * kRowsPerCopy);
-      ptx::copy_async_16(destination, TileRows::address(k, p_.unit_bytes, k_offset), policy_);
+      ptx::copy_async_16(destination, TileRows::address(k_, p_.unit_bytes, k_offset), policy_);
       const uint32_t v_offset = __shfl_sync(kFullWarp, v_offset_, first_lane + copy * kRowsPerCopy);
-      ptx::copy_async_16(destination + T::kTileBytes, TileRows::address(v, p_.unit_bytes, v_offset), policy_);
+      ptx::copy_async_16(destination + T::kTileBytes, TileRows::address(v_, p_.unit_bytes, v_offset), policy_);
     }
     if ((issued_ == 0 || at_.tile == 0) && lane == 0) {
       runs_[stage_to_fill_] = {at_.request_index, at_.head,          at_.token(), at_.request.length,
@@ -167,6 +168,8 @@ class KvPipeline {
   Run* runs_;
   uint32_t ring_;
   uint32_t count_;
+  const uint8_t* k_;  // of the chunk that this lane copies of every row
+  const uint8_t* v_;
   uint64_t policy_;
   uint32_t issued_ = 0;
   uint32_t stage_to_fill_ = 0;

@@ -28,6 +28,13 @@ FI_PREFETCH_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+/// The same pointer, of which the compiler then knows nothing: it stays one addend of an address instead of being taken
+/// apart into what is uniform and what is not.
+FI_PREFETCH_DEVICE const uint8_t* opaque(const uint8_t* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
 // ---- asynchronous copies: cp.async, section 9.7.9.25.3 ------------------------------------------------------------
 
 /// Copies 16 bytes to shared memory under an L2 eviction policy made by one of the functions below; bypasses L1.

@@ -23,6 +23,8 @@ FI_PREFETCH_DEVICE uint32_t shared_address(const void* pointer, Site site = Site
   return emulator::kSharedBase + static_cast<uint32_t>(offset);
 }
 
+FI_PREFETCH_DEVICE const uint8_t* opaque(const uint8_t* pointer) { return pointer; }
+
 // ---- asynchronous copies ------------------------------------------------------------------------------------------
 
 constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x14F0000000000000;
