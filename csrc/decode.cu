@@ -133,7 +133,7 @@ Plan make_plan(int64_t rows, int device) {
       << "this GPU's " << limit << " bytes of shared memory a block do not hold one warp's "
       << shared_bytes(warps, rows);
   const int sms = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  return {std::min(sms, kMaxBlocks), warps, 1};
+  return {std::min(sms, kMaxBlocks), warps, 0};
 }
 
 /// What the Python side keeps of a plan and hands back to run().
@@ -166,7 +166,7 @@ void check_head_dim(int64_t head_dim_qk, int64_t head_dim_vo) {
 /// FlashInfer's plan. Touches no tensor's contents and copies nothing: the schedule is made on the device, in run().
 /// `num_qo_heads` counts query rows: query heads times query tokens per request.
 /// Returns [blocks, warps a block, shared-memory bytes, float workspace bytes, counter bytes, query rows per kv head,
-/// fewest tiles a warp, tiles a warp's ring holds].
+/// fewest tiles a warp (0: the kernel chooses), tiles a warp's ring holds].
 Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorView, int64_t batch_size,
                     int64_t num_qo_heads, int64_t num_kv_heads, int64_t, bool, int64_t window_left,
                     double logits_soft_cap, int64_t head_dim_qk, int64_t head_dim_vo, TensorView, TensorView) {
@@ -190,8 +190,8 @@ Array<int64_t> adjust_plan(Array<int64_t> info, int64_t batch_size, int64_t bloc
       << "blocks: expected 1 to " << kMaxBlocks << ", got " << blocks;
   FI_PREFETCH_CHECK(warps >= 1 && warps <= info[1], ValueError)
       << "warps: expected 1 to " << info[1] << ", got " << warps;
-  FI_PREFETCH_CHECK(min_tiles_per_warp >= 1 && min_tiles_per_warp <= kMostMinTiles, ValueError)
-      << "min_tiles_per_warp: expected 1 to " << kMostMinTiles << ", got " << min_tiles_per_warp;
+  FI_PREFETCH_CHECK(min_tiles_per_warp >= 0 && min_tiles_per_warp <= kMostMinTiles, ValueError)
+      << "min_tiles_per_warp: expected 0 (the kernel chooses) to " << kMostMinTiles << ", got " << min_tiles_per_warp;
   check_batch_size(batch_size, warps);
   return plan_info({blocks, warps, min_tiles_per_warp}, info[5]);
 }
@@ -212,7 +212,7 @@ Plan read_plan(const Array<int64_t>& info, int64_t rows, int device) {
   const Plan made{info[0], info[1], info[6]};
   const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   FI_PREFETCH_CHECK(made.blocks >= 1 && made.blocks <= kMaxBlocks && made.warps >= 1 && made.warps <= kMaxWarps &&
-                        made.min_tiles_per_warp >= 1 && made.min_tiles_per_warp <= kMostMinTiles &&
+                        made.min_tiles_per_warp >= 0 && made.min_tiles_per_warp <= kMostMinTiles &&
                         shared_bytes(made.warps, rows) <= limit,
                     ValueError)
       << "plan_info: " << made.blocks << " blocks of " << made.warps << " warps (" << shared_bytes(made.warps, rows)

@@ -47,7 +47,7 @@ enum Ready : int32_t { kNothing = 0, kPageTable = 1, kAllButLastToken = 2 };
 struct DecodeParams {
   PageTable table;
   int32_t num_kv_heads;
-  uint32_t min_tiles_per_warp;  // fewer blocks work when there is less than this to do
+  uint32_t min_tiles_per_warp;  // fewer blocks work when there is less than this to do; 0: the kernel chooses
   int32_t q_len;                // query tokens per request, the newest of it (bottom-right causal)
   int32_t window_left;          // tokens before the query's own that it sees; only read with a sliding window
   PrefetchLevers levers;

@@ -19,9 +19,10 @@ READY_CODES = {"nothing": 0, "page_table": 1, "all_but_last_token": 2}
 
 # A pipeline with this many bytes in flight on every SM keeps HBM busy; run-ahead adds nothing to it.
 WELL_FED_BYTES_PER_SM = 64 << 10
-# Up to this much KV a call, the first tiles' latency is a visible part of the call, and the prologue hides it.
-PROLOGUE_KV_BYTES = 64 * MIB
-PROLOGUE_TILES = 4
+# Up to this much KV a call, the first tiles' latency is a visible part of the call, and the prologue hides it (H100: 1 to
+# 2 us of every call up to 512 MB, nothing at 2 GB; one tile a warp hid as much as two).
+PROLOGUE_KV_BYTES = 512 * MIB
+PROLOGUE_TILES = 1
 DEFAULT_L2_FRACTION = 0.5
 # One SM prefetches about 245 GB/s; 32 of them fill a short window, 8 were too slow.
 WINDOW_BLOCKS = 32
@@ -35,14 +36,14 @@ class PrefetchPolicy:
         run_ahead: tiles beyond a warp's pipeline to prefetch into L2 in the main loop; "auto" chooses.
         prologue: tiles a warp prefetches into L2 before it waits for the kernel before it; "auto" chooses.
         early_load: start real loads before that wait, where the wrapper's `ready` promises that this is safe.
-        streaming_hint: load KV so that it leaves L2 first; "auto": where the call's KV is larger than L2.
+        streaming_hint: load KV so that it leaves L2 first.
         l2_budget: what prefetches may hold of L2, as bytes (int) or as a fraction of L2 in [0, 1] (float).
     """
 
     run_ahead: int | Literal["auto"] = "auto"
     prologue: int | Literal["auto"] = "auto"
     early_load: bool = True
-    streaming_hint: bool | Literal["auto"] = "auto"
+    streaming_hint: bool = False
     l2_budget: int | float = DEFAULT_L2_FRACTION
 
     def __post_init__(self) -> None:
@@ -50,10 +51,9 @@ class PrefetchPolicy:
             value = getattr(self, name)
             if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f'{name}: expected "auto" or a number of tiles >= 0, got {value!r}')
-        if not isinstance(self.early_load, bool):
-            raise ValueError(f"early_load: expected True or False, got {self.early_load!r}")
-        if not isinstance(self.streaming_hint, bool) and self.streaming_hint != "auto":
-            raise ValueError(f'streaming_hint: expected "auto", True or False, got {self.streaming_hint!r}')
+        for name in ("early_load", "streaming_hint"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         budget_bytes(self.l2_budget, 0)
 
     @classmethod
@@ -113,9 +113,9 @@ def budget_bytes(budget: int | float, l2_bytes: int) -> int:
 
 NAMED_POLICIES = {
     "auto": PrefetchPolicy(),
-    "off": PrefetchPolicy(run_ahead=0, prologue=0, early_load=False, streaming_hint=False),
+    "off": PrefetchPolicy(run_ahead=0, prologue=0, early_load=False),
     # The paper's lever alone: the next tile into L2 while this one is computed on.
-    "paper": PrefetchPolicy(run_ahead=1, prologue=0, early_load=False, streaming_hint=False),
+    "paper": PrefetchPolicy(run_ahead=1, prologue=0, early_load=False),
 }
 
 _SWITCH = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
@@ -123,12 +123,12 @@ _READERS = {
     "run_ahead": lambda text: text if text == "auto" else int(text),
     "prologue": lambda text: text if text == "auto" else int(text),
     "early_load": lambda text: _SWITCH[text],
-    "streaming_hint": lambda text: text if text == "auto" else _SWITCH[text],
+    "streaming_hint": lambda text: _SWITCH[text],
     "l2_budget": lambda text: float(text) if "." in text else int(text),
 }
 _FORMAT = (
     'one of auto, off, paper, or "key=value,..." with run_ahead and prologue (tiles or auto), early_load (0 or 1), '
-    "streaming_hint (0, 1 or auto), l2_budget (bytes, or a fraction of L2 such as 0.5)"
+    "streaming_hint (0 or 1), l2_budget (bytes, or a fraction of L2 such as 0.5)"
 )
 
 
@@ -208,7 +208,8 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
     if facts.kv_bytes is not None:
         limits += f"; a warp reads at most {tiles_per_warp}"
 
-    asked, why = _asked_prologue(policy, facts, pdl)
+    early_load = policy.early_load and pdl and facts.ready == "all_but_last_token"
+    asked, why = _asked_prologue(policy, facts, pdl, early_load)
     prologue = min(asked, affordable, tiles_per_warp)
     reasons = [f"prologue {prologue}: {why}" + (f", {limits}" if prologue < asked else "")]
 
@@ -216,21 +217,15 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
     run_ahead = max(0, min(asked, affordable - prologue, tiles_per_warp - facts.stages))
     reasons.append(f"run-ahead {run_ahead}: {why}" + (f", {limits}" if run_ahead < asked else ""))
 
-    early_load = policy.early_load and pdl and facts.ready == "all_but_last_token"
     reasons.append(f"early load {'on' if early_load else 'off'}: {_why_early_load(policy, facts, pdl)}")
 
-    streaming = policy.streaming_hint
-    why = "the policy says so"
-    if streaming == "auto":
-        streaming = facts.kv_bytes is not None and facts.kv_bytes > facts.l2_bytes
-        why = f"{_kv_text(facts)}, {facts.l2_bytes / MIB:.0f} MiB of L2"
-    reasons.append(f"streaming hint {'on' if streaming else 'off'}: {why}")
+    reasons.append(f"streaming hint {'on' if policy.streaming_hint else 'off'}: the policy says so")
 
     return PrefetchPlan(
         run_ahead=run_ahead,
         prologue=prologue,
         early_load=early_load,
-        streaming_hint=streaming,
+        streaming_hint=policy.streaming_hint,
         ready=facts.ready,
         pdl=pdl,
         facts=facts,
@@ -245,11 +240,13 @@ def _kv_text(facts: LaunchFacts) -> str:
     return "unknown KV" if facts.kv_bytes is None else f"{facts.kv_bytes / MIB:.1f} MiB of KV"
 
 
-def _asked_prologue(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> tuple[int, str]:
+def _asked_prologue(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool, early_load: bool) -> tuple[int, str]:
     if not pdl:
         return 0, "without programmatic dependent launch there is no wait to prefetch before"
     if policy.prologue != "auto":
         return policy.prologue, "the policy says so"
+    if early_load:
+        return 0, "early load brings the first tiles all the way"
     if facts.kv_bytes is None:
         return PROLOGUE_TILES, "a CUDA graph may be replayed on little KV, where the first tiles' latency shows"
     kv = _kv_text(facts)

@@ -55,9 +55,20 @@ class Partition:
         return j
 
 
-def active_blocks(tiles: int, blocks: int, warps: int, min_tiles_per_warp: int) -> int:
+def default_min_tiles(tiles_of_a_head: int, batch_size: int) -> int:
+    """Tiles that the kernel gives a warp at least, by the tiles of a request."""
+    request = max(tiles_of_a_head // 32, 1).bit_length()
+    return 1 << max(request - (batch_size.bit_length() - 1), 0) // 2
+
+
+def active_blocks(tiles: int, blocks: int, warps: int, min_tiles: int) -> int:
     """Blocks of the grid that get work."""
-    return max(min(-(-tiles // (warps * min_tiles_per_warp)), blocks), 1)
+    piece = min_tiles
+    if tiles > blocks * warps * min_tiles:
+        piece = -(-tiles // (blocks * warps))
+        unit = max((1 << (piece.bit_length() - 1)) // 16, 1)
+        piece = -(-piece // unit) * unit
+    return max(-(-tiles // (piece * warps)), 1)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class Schedule:
         lengths: tokens of each request.
         num_kv_heads: heads; each request and head is worked on separately.
         blocks, warps: the grid, and the warps of a block.
-        min_tiles_per_warp: with less than this to do for every warp, fewer blocks work.
+        min_tiles_per_warp: with less than this to do for every warp, fewer blocks work; 0: the kernel chooses.
         q_len, window_left: as in the wrapper's plan.
     """
 
@@ -88,7 +99,7 @@ class Schedule:
     num_kv_heads: int
     blocks: int
     warps: int
-    min_tiles_per_warp: int = 1
+    min_tiles_per_warp: int = 0
     q_len: int = 1
     window_left: int = -1
 
@@ -100,7 +111,8 @@ class Schedule:
     @cached_property
     def partition(self) -> Partition:
         total = sum(self.tiles) * self.num_kv_heads
-        working = active_blocks(total, self.blocks, self.warps, self.min_tiles_per_warp)
+        min_tiles = self.min_tiles_per_warp or default_min_tiles(sum(self.tiles), len(self.lengths))
+        working = active_blocks(total, self.blocks, self.warps, min_tiles)
         return Partition(total, working * self.warps)
 
     @property

@@ -5,7 +5,7 @@ serves the GPUs it was measured on and is a good guess on others, and `fi-prefet
 
     <cache folder>/fi_prefetch/tuned/<gpu>.json
     {"version": "0.1.0", "gpu": "NVIDIA H200", "rules": [
-        {"kv_bytes": 67108864, "warps": 8, "blocks_per_sm": 1, "min_tiles_per_warp": 1}, ...]}
+        {"kv_bytes": 67108864, "warps": 8, "blocks_per_sm": 1, "min_tiles_per_warp": 0}, ...]}
 
 A rule holds for calls of at most its `kv_bytes` of KV; the last one has none and holds for the rest.
 """
@@ -28,7 +28,8 @@ class Grid:
     """Attributes:
     warps: a block, 1 to 8; fewer where shared memory does not hold them.
     blocks_per_sm: blocks of the launch for every SM.
-    min_tiles_per_warp: with less work than this for every warp, fewer blocks take part, whose partials merge faster.
+    min_tiles_per_warp: with less work than this for every warp, fewer blocks take part, whose partials merge faster; 0:
+        the kernel chooses, from the lengths it finds.
     """
 
     warps: int
@@ -36,10 +37,10 @@ class Grid:
     min_tiles_per_warp: int
 
     def __post_init__(self) -> None:
-        for name, most in (("warps", 8), ("blocks_per_sm", 4), ("min_tiles_per_warp", 1 << 16)):
+        for name, least, most in (("warps", 1, 8), ("blocks_per_sm", 1, 4), ("min_tiles_per_warp", 0, 1 << 16)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{name}: expected 1 to {most}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{name}: expected {least} to {most}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Rule:
     grid: Grid
 
 
-# Eight warps with three stages on every SM were best up to 64 MB, two blocks of four above (H100 and H200).
-BUILT_IN = (Rule(64 * MIB, Grid(8, 1, 1)), Rule(None, Grid(4, 2, 1)))
+# Eight warps on every SM were best, or within 1 % of it, at every size (H100).
+BUILT_IN = (Rule(None, Grid(8, 1, 0)),)
 
 
 def grid_for(rules: Sequence[Rule], kv_bytes: int | None) -> Grid:
@@ -106,7 +107,7 @@ def rules_for(gpu_key: str) -> tuple[Rule, ...]:
 CANDIDATES = tuple(
     Grid(warps, blocks_per_sm, min_tiles)
     for warps, blocks_per_sm in ((8, 1), (6, 1), (4, 1), (4, 2), (2, 4))
-    for min_tiles in (1, 2, 4)
+    for min_tiles in (0, 1, 4)
 )
 
 

@@ -292,7 +292,7 @@ def test_another_grid_gives_the_same_answer():
 
 @pytest.mark.parametrize(
     "grid, name",
-    [((0, 8, 1), "blocks"), ((1025, 8, 1), "blocks"), ((5, 9, 1), "warps"), ((5, 8, 0), "min_tiles_per_warp")],
+    [((0, 8, 1), "blocks"), ((1025, 8, 1), "blocks"), ((5, 9, 1), "warps"), ((5, 8, -1), "min_tiles_per_warp")],
 )
 def test_a_grid_beyond_the_kernel_is_refused(grid, name):
     module, arguments = module_arguments(emulated.make_problem([40], heads_q=4, heads_kv=2))

@@ -79,7 +79,7 @@ def test_the_kernel_cuts_where_the_host_does(lengths, window_left):
         lengths, heads_q=4, heads_kv=heads, page_size=page_size, blocks=blocks, warps=warps, window_left=window_left
     )
     asked = {int(a["address"]) for a in emulated.prefetch_kv(problem, tiles=1)}
-    schedule = Schedule(lengths, heads, blocks, warps, window_left=window_left)
+    schedule = Schedule(lengths, heads, blocks, warps, problem.min_tiles, window_left=window_left)
     expected = set()
     first_of_piece = {}
     for s in schedule.segments:
