@@ -58,7 +58,7 @@ template <typename T>
 FI_PREFETCH_DEVICE Piece find_piece(const DecodeParams& p, RequestScan<T::kWindow>& scan) {
   Piece piece;
   piece.some_request_is_empty = scan.some_request_is_empty();
-  piece.partition = cut(p, scan.total(), gridDim.x, warps_per_block());
+  piece.partition = cut(p, scan, gridDim.x, warps_per_block());
   const uint32_t worker = blockIdx.x * warps_per_block() + warp_index();
   piece.begin = piece.partition.begin(worker);
   piece.count = piece.partition.begin(worker + 1) - piece.begin;

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(256)
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
   RequestScan<T::kWindow> scan(p, ptx::dynamic_shared_memory());
-  const Partition partition = cut(p, scan.total(), window.blocks, window.warps);
+  const Partition partition = cut(p, scan, window.blocks, window.warps);
   const uint32_t stride = gridDim.x * warps_per_block();
   for (uint32_t worker = blockIdx.x * warps_per_block() + warp_index(); worker < partition.workers; worker += stride) {
     const uint32_t begin = partition.begin(worker);

@@ -106,6 +106,7 @@ class RequestScan {
       request_ = load_request<WINDOW>(p, lane);
       sum_ = warp_inclusive_sum(request_.tiles);
       total_ = __shfl_sync(kFullWarp, sum_, 31);
+      longest_ = __reduce_max_sync(kFullWarp, request_.tiles);
       some_empty_ = __any_sync(kFullWarp, lane < batch_size && request_.tiles == 0);
       return;
     }
@@ -121,9 +122,11 @@ class RequestScan {
       empty |= r < batch_size && request.tiles == 0;
     }
     some_empty_ = __syncthreads_or(empty);
-    uint32_t sum = 0;
+    uint32_t sum = 0, longest = 0;
     for (uint32_t group = lane; group < groups_; group += 32) sum += sums_[group * 32 + 31];
+    for (uint32_t group = 0; group < groups_; ++group) longest = max(longest, requests_[group * 32 + lane].tiles);
     total_ = __reduce_add_sync(kFullWarp, sum);
+    longest_ = __reduce_max_sync(kFullWarp, longest);
   }
 
   /// Whether the page table says something else now. Collective over the block.
@@ -141,6 +144,8 @@ class RequestScan {
   FI_PREFETCH_DEVICE bool some_request_is_empty() const { return some_empty_; }
   /// Tiles of one kv head over all requests.
   FI_PREFETCH_DEVICE uint32_t total() const { return total_; }
+  /// Tiles of one kv head of the longest request.
+  FI_PREFETCH_DEVICE uint32_t longest() const { return longest_; }
 
   /// Where `position` (below heads * total()) lies. Collective over the warp, the same position in every lane.
   FI_PREFETCH_DEVICE Location locate(uint32_t position, uint32_t heads) {
@@ -176,6 +181,7 @@ class RequestScan {
   Request request_{};         // this lane's of the group at hand, and its sum
   uint32_t sum_ = 0;
   uint32_t total_ = 0;
+  uint32_t longest_ = 0;
   bool some_empty_ = false;
 };
 
@@ -207,12 +213,11 @@ struct Partition {
 
 FI_PREFETCH_DEVICE uint32_t floor_log2(uint32_t x) { return 31 - __clz(x); }
 
-/// Tiles that a warp is given at least, where the host leaves it to the kernel: about the square root of 1/32 of a
-/// request's (2 of 2K tokens, 4 of 8K, 8 of 32K; H100). More blocks read faster, but each is a partial more to merge.
-FI_PREFETCH_DEVICE uint32_t default_min_tiles(uint32_t tiles_of_a_head, uint32_t batch_size) {
-  const uint32_t request = floor_log2(max(tiles_of_a_head / 32, 1u)) + 1;
-  const uint32_t batch = floor_log2(batch_size);
-  return 1u << (request > batch ? (request - batch) / 2 : 0);
+/// Tiles that a warp is given at least, where the host leaves it to the kernel: about the square root of 1/32 of the
+/// longest request's (2 of 2K tokens, 4 of 8K, 8 of 32K; H100). More blocks read faster, but each is a partial more to
+/// merge.
+FI_PREFETCH_DEVICE uint32_t default_min_tiles(uint32_t longest_request) {
+  return 1u << (floor_log2(max(longest_request / 32, 1u)) + 1) / 2;
 }
 
 /// Blocks that get work: no more than have `min_tiles` a warp, and no more than the longest piece needs, a little
@@ -232,10 +237,11 @@ FI_PREFETCH_DEVICE uint32_t active_blocks(uint32_t tiles, uint32_t blocks, uint3
 }
 
 /// The cut for a grid of `blocks` blocks of `warps` warps.
-FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, uint32_t tiles_of_a_head, uint32_t blocks, uint32_t warps) {
-  const uint32_t tiles = tiles_of_a_head * p.num_kv_heads;
-  const uint32_t min_tiles =
-      p.min_tiles_per_warp > 0 ? p.min_tiles_per_warp : default_min_tiles(tiles_of_a_head, p.table.batch_size);
+template <bool WINDOW>
+FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, const RequestScan<WINDOW>& scan, uint32_t blocks,
+                                 uint32_t warps) {
+  const uint32_t tiles = scan.total() * p.num_kv_heads;
+  const uint32_t min_tiles = p.min_tiles_per_warp > 0 ? p.min_tiles_per_warp : default_min_tiles(scan.longest());
   return Partition(tiles, active_blocks(tiles, blocks, warps, min_tiles) * warps);
 }
 

@@ -55,10 +55,9 @@ class Partition:
         return j
 
 
-def default_min_tiles(tiles_of_a_head: int, batch_size: int) -> int:
-    """Tiles that the kernel gives a warp at least, by the tiles of a request."""
-    request = max(tiles_of_a_head // 32, 1).bit_length()
-    return 1 << max(request - (batch_size.bit_length() - 1), 0) // 2
+def default_min_tiles(longest_request: int) -> int:
+    """Tiles that the kernel gives a warp at least, by the tiles of the longest request."""
+    return 1 << max(longest_request // 32, 1).bit_length() // 2
 
 
 def active_blocks(tiles: int, blocks: int, warps: int, min_tiles: int) -> int:
@@ -111,7 +110,7 @@ class Schedule:
     @cached_property
     def partition(self) -> Partition:
         total = sum(self.tiles) * self.num_kv_heads
-        min_tiles = self.min_tiles_per_warp or default_min_tiles(sum(self.tiles), len(self.lengths))
+        min_tiles = self.min_tiles_per_warp or default_min_tiles(max(self.tiles, default=0))
         working = active_blocks(total, self.blocks, self.warps, min_tiles)
         return Partition(total, working * self.warps)
 
