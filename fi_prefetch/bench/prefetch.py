@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from fi_prefetch.prefetch import PrefetchPolicy
+from fi_prefetch.prefetch import PROLOGUE_TILES, PrefetchPolicy
 
 from .baselines import prepare_ours
 from .grid import specs, verified_timing
@@ -25,7 +25,7 @@ POLICIES: dict[str, tuple[PrefetchPolicy, str]] = {
     "auto": (PrefetchPolicy.named("auto"), "nothing"),
     "paper": (PrefetchPolicy.named("paper"), "nothing"),
     "run_ahead": (PrefetchPolicy(**{**_ALONE, "run_ahead": 4}), "nothing"),
-    "prologue": (PrefetchPolicy(**{**_ALONE, "prologue": 4}), "nothing"),
+    "prologue": (PrefetchPolicy(**{**_ALONE, "prologue": PROLOGUE_TILES}), "nothing"),
     "early_load": (PrefetchPolicy(**{**_ALONE, "early_load": True}), "all_but_last_token"),
     "streaming_hint": (PrefetchPolicy(**{**_ALONE, "streaming_hint": True}), "nothing"),
     "auto_ready": (PrefetchPolicy.named("auto"), "all_but_last_token"),

@@ -66,8 +66,8 @@ EMULATOR_EXPORT const char* prefetch_kv(const void* q, void* o, float* lse, cons
                                         int64_t tiles, int64_t evict_last, int64_t own_blocks) {
   const DecodeParams p = params(q, o, lse, sinks, k, v, indptr, indices, last_page_len, partials, counters, n, x);
   return emulator::launch({.grid = dim3(own_blocks), .block = dim3(256),
-                           .shared_bytes = RequestScan<T::kWindow>::shared_bytes(p.table.batch_size), .seed = uint64_t(seed),
-                           .resident_blocks = 2},
+                           .shared_bytes = RequestScan<T::kWindow>::shared_bytes(p.table.batch_size),
+                           .seed = uint64_t(seed), .resident_blocks = 2},
                           prefetch_kv_kernel<T>, p, PrefetchKvParams{uint32_t(blocks), uint32_t(warps), uint32_t(tiles),
                                                                      int32_t(evict_last)});
 }

@@ -27,7 +27,7 @@ from fi_prefetch.bench.shapes import (
     small_grid,
 )
 from fi_prefetch.bench.timing import calls_per_replay, copies_needed, summarise
-from fi_prefetch.prefetch import PrefetchPolicy
+from fi_prefetch.prefetch import PROLOGUE_TILES, PrefetchPolicy
 from fi_prefetch.schedule import Schedule
 from fi_prefetch.tune import CANDIDATES
 
@@ -470,6 +470,7 @@ def test_every_policy_of_the_prefetch_rows_has_its_levers_alone() -> None:
         policy, _ = POLICIES[name]
         differing = [field for field in vars(off) if getattr(policy, field) != getattr(off, field)]
         assert differing == [name]
+    assert POLICIES["prologue"][0].prologue == PROLOGUE_TILES == 1
 
 
 # ---- parsers -------------------------------------------------------------------------------------------------------

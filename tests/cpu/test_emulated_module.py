@@ -92,7 +92,8 @@ def test_several_query_tokens(group, q_len):
 def test_promises(ready):
     wrapper = assert_wrapper_is_right(make_batch([40, 1, 130], dtype=BF16), ready=ready)
     assert wrapper.prefetch_plan.early_load == (ready == "all_but_last_token")
-    assert wrapper.prefetch_plan.prologue > 0
+    # Early load brings the first tiles itself.
+    assert (wrapper.prefetch_plan.prologue > 0) == (ready != "all_but_last_token")
 
 
 def test_one_wrapper_over_many_plans():
@@ -291,12 +292,18 @@ def test_another_grid_gives_the_same_answer():
 
 
 @pytest.mark.parametrize(
-    "grid, name",
-    [((0, 8, 1), "blocks"), ((1025, 8, 1), "blocks"), ((5, 9, 1), "warps"), ((5, 8, -1), "min_tiles_per_warp")],
+    "grid, message",
+    [
+        ((0, 8, 1), "blocks: expected 1 to 1024, got 0"),
+        ((1025, 8, 1), "blocks: expected 1 to 1024, got 1025"),
+        ((5, 9, 1), "warps: expected 1 to 8, got 9"),
+        ((5, 8, -1), r"min_tiles_per_warp: expected 0 \(the kernel chooses\) to 65536, got -1"),
+        ((5, 8, 65537), r"min_tiles_per_warp: expected 0 \(the kernel chooses\) to 65536, got 65537"),
+    ],
 )
-def test_a_grid_beyond_the_kernel_is_refused(grid, name):
+def test_a_grid_beyond_the_kernel_is_refused(grid, message):
     module, arguments = module_arguments(emulated.make_problem([40], heads_q=4, heads_kv=2))
-    with pytest.raises(ValueError, match=f"{name}: expected 1 to"):
+    with pytest.raises(ValueError, match=message):
         module.adjust_plan(arguments[2], 1, *grid)
 
 

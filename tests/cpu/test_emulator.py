@@ -140,7 +140,8 @@ KERNEL(fault) {
     case 4: if (t < 16) __shfl_sync(0xFFFF0000, t, 20); break;
     case 5: ptx::load_matrix_x4(r, base + 8); break;
     case 6: ptx::load_matrix_x4(r, base + 1024 - 16 + 16 * (t == 31)); break;
-    case 7: ptx::copy_async_16(base + t * 16, reinterpret_cast<const uint8_t*>(in) + 4, ptx::policy_evict_normal()); break;
+    case 7: ptx::copy_async_16(base + t * 16, reinterpret_cast<const uint8_t*>(in) + 4, ptx::policy_evict_normal());
+      break;
     case 8: ptx::copy_async_16(base + 16 * t, in + 1024, ptx::policy_evict_normal()); break;
     case 9: ptx::shared_address(in); break;
     case 10: shared<uint8_t>()[1024 + t] = 0; break;

@@ -10,6 +10,7 @@ from fi_prefetch.prefetch import (
     MIB,
     NAMED_POLICIES,
     PROLOGUE_KV_BYTES,
+    PROLOGUE_TILES,
     READY_CODES,
     WELL_FED_BYTES_PER_SM,
     LaunchFacts,
@@ -25,7 +26,7 @@ policies = st.builds(
     run_ahead=tiles,
     prologue=tiles,
     early_load=st.booleans(),
-    streaming_hint=st.sampled_from([True, False, "auto"]),
+    streaming_hint=st.booleans(),
     l2_budget=budgets,
 )
 launches = st.builds(
@@ -61,7 +62,7 @@ def test_never_more_than_there_is(policy, launch, pdl):
 @given(policies, launches, st.booleans(), st.integers(0, 1 << 32), st.integers(0, 1 << 32))
 def test_monotone_in_the_budget(policy, launch, pdl, one, other):
     less, more = (
-        resolve(PrefetchPolicy(policy.run_ahead, policy.prologue, True, "auto", budget), launch, pdl)
+        resolve(PrefetchPolicy(policy.run_ahead, policy.prologue, True, policy.streaming_hint, budget), launch, pdl)
         for budget in sorted((one, other))
     )
     assert less.run_ahead <= more.run_ahead
@@ -83,7 +84,19 @@ def test_early_load_only_on_a_promise(policy, launch, pdl):
 
 @given(launches, st.booleans())
 def test_off_is_off(launch, pdl):
-    assert resolve(PrefetchPolicy.named("off"), launch, pdl).codes()[:3] == [0, 0, 0]
+    run_ahead, prologue, early_load, _, streaming = resolve(PrefetchPolicy.named("off"), launch, pdl).codes()
+    assert [run_ahead, prologue, early_load, streaming] == [0, 0, 0, 0]
+
+
+@given(policies, launches, st.booleans())
+def test_the_streaming_hint_is_on_where_it_is_asked_for(policy, launch, pdl):
+    assert resolve(policy, launch, pdl).streaming_hint == policy.streaming_hint
+
+
+@given(launches, st.booleans())
+def test_early_load_and_the_automatic_prologue_exclude_each_other(launch, pdl):
+    plan = resolve(PrefetchPolicy.named("auto"), launch, pdl)
+    assert not (plan.early_load and plan.prologue)
 
 
 @given(policies, launches, st.booleans())
@@ -99,15 +112,27 @@ def test_auto_follows_the_measurements():
     auto = PrefetchPolicy.named("auto")
     well_fed = resolve(auto, H100, pdl=True)
     assert well_fed.bytes_in_flight_per_sm == 192 << 10 >= WELL_FED_BYTES_PER_SM
-    assert (well_fed.run_ahead, well_fed.prologue) == (0, 3)
+    assert (well_fed.run_ahead, well_fed.prologue) == (0, PROLOGUE_TILES)
     starved = resolve(auto, H100._replace(warps=1, stages=2), pdl=True)
     assert starved.bytes_in_flight_per_sm == 16 << 10
     assert starved.run_ahead == 6
-    large = resolve(auto, H100._replace(kv_bytes=PROLOGUE_KV_BYTES + 1), pdl=True)
-    assert large.prologue == 0 and large.streaming_hint
-    assert not well_fed.streaming_hint
-    promised = resolve(auto, H100._replace(ready="all_but_last_token"), pdl=True)
-    assert promised.early_load
+    # The prologue pays up to a size, and in a CUDA graph, which may be replayed on any size.
+    for kv_bytes, prologue in (
+        (1 * MIB, PROLOGUE_TILES),
+        (PROLOGUE_KV_BYTES, PROLOGUE_TILES),
+        (PROLOGUE_KV_BYTES + 1, 0),
+        (None, PROLOGUE_TILES),
+    ):
+        plan = resolve(auto, H100._replace(kv_bytes=kv_bytes), pdl=True)
+        assert (plan.prologue, plan.streaming_hint) == (prologue, False), kv_bytes
+    # Early load does what the prologue would, and more; a prologue that the policy names stays.
+    promise = H100._replace(ready="all_but_last_token")
+    promised = resolve(auto, promise, pdl=True)
+    assert promised.early_load and promised.prologue == 0
+    named = resolve(PrefetchPolicy(prologue=2), promise, pdl=True)
+    assert named.early_load and named.prologue == 2
+    kept_back = resolve(PrefetchPolicy(early_load=False), promise, pdl=True)
+    assert not kept_back.early_load and kept_back.prologue == PROLOGUE_TILES
 
 
 def test_the_paper_over_budget_shrinks_to_nothing():
@@ -122,8 +147,13 @@ def test_the_paper_over_budget_shrinks_to_nothing():
 
 def test_reasons_have_numbers():
     plan = resolve(PrefetchPolicy.named("auto"), H100, pdl=True)
-    for part in ("prologue 3", "run-ahead 0", "early load off", "streaming hint off", "32.0 MiB", "192 KiB"):
+    for part in ("prologue 1", "run-ahead 0", "early load off", "streaming hint off", "32.0 MiB", "192 KiB"):
         assert part in plan.reason
+    promised = resolve(PrefetchPolicy(streaming_hint=True), H100._replace(ready="all_but_last_token"), pdl=True)
+    for part in ("prologue 0: early load brings", "early load on", "streaming hint on: the policy says so"):
+        assert part in promised.reason
+    cut = resolve(PrefetchPolicy(prologue=9), H100, pdl=True)
+    assert cut.prologue == 3 and "prologue 3: the policy says so, budget 25.00 MiB is 3 tiles a warp" in cut.reason
 
 
 def test_empty_batch():
@@ -140,7 +170,7 @@ def test_empty_batch():
         ("run_ahead=2,prologue=4", PrefetchPolicy(run_ahead=2, prologue=4)),
         ("run_ahead=auto, early_load=0", PrefetchPolicy(early_load=False)),
         ("streaming_hint=on,l2_budget=0.25", PrefetchPolicy(streaming_hint=True, l2_budget=0.25)),
-        ("streaming_hint=auto,l2_budget=1000000", PrefetchPolicy(l2_budget=1000000)),
+        ("streaming_hint=0,l2_budget=1000000", PrefetchPolicy(l2_budget=1000000)),
     ],
 )
 def test_texts(text, policy, monkeypatch):
@@ -153,6 +183,7 @@ def test_texts(text, policy, monkeypatch):
 @pytest.mark.parametrize(
     "text",
     ["fast", "run_ahead", "run_ahead=", "run_ahead=-1", "run_ahead=two", "depth=2", "early_load=2", "l2_budget=1.5",
+     "early_load=auto", "streaming_hint=auto", "streaming_hint=2",
      "l2_budget=-1", "run_ahead=2 prologue=4", "auto,run_ahead=2"],
 )  # fmt: skip
 def test_bad_texts(text, monkeypatch):
@@ -170,6 +201,7 @@ def test_environment_left_out(monkeypatch):
 
 @pytest.mark.parametrize(
     "fields", [{"run_ahead": -1}, {"prologue": 1.5}, {"run_ahead": True}, {"early_load": 1}, {"streaming_hint": 1},
+               {"early_load": "auto"}, {"streaming_hint": "auto"},
                {"l2_budget": -1}, {"l2_budget": 1.01}, {"l2_budget": "half"}, {"l2_budget": True}]
 )  # fmt: skip
 def test_bad_fields(fields):

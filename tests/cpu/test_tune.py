@@ -10,14 +10,23 @@ from fi_prefetch.tune import MIB, Grid, Rule
 SMALL, LARGE = Grid(8, 1, 1), Grid(4, 2, 1)
 
 
+@pytest.mark.parametrize("kv_bytes", [0, 64 * MIB, 64 * MIB + 1, 1 << 40, None])
+def test_the_built_in_table_is_one_grid(kv_bytes):
+    assert tune.grid_for(tune.BUILT_IN, kv_bytes) == Grid(warps=8, blocks_per_sm=1, min_tiles_per_warp=0)
+    assert tune.BUILT_IN[-1].grid in tune.CANDIDATES
+
+
 @pytest.mark.parametrize("kv_bytes, grid", [(0, SMALL), (64 * MIB, SMALL), (64 * MIB + 1, LARGE), (None, SMALL)])
-def test_built_in_table(kv_bytes, grid):
-    assert tune.grid_for(tune.BUILT_IN, kv_bytes) == grid
+def test_the_first_rule_that_holds(kv_bytes, grid):
+    assert tune.grid_for((Rule(64 * MIB, SMALL), Rule(None, LARGE)), kv_bytes) == grid
 
 
-@pytest.mark.parametrize("bad", [(0, 1, 1), (9, 1, 1), (8, 5, 1), (8, 1, 0), (True, 1, 1), (8.0, 1, 1)])
+@pytest.mark.parametrize(
+    "bad",
+    [(0, 1, 1), (9, 1, 1), (8, 0, 1), (8, 5, 1), (8, 1, -1), (8, 1, 1 << 17), (True, 1, 1), (8.0, 1, 1), (8, 1, False)],
+)
 def test_a_grid_that_no_kernel_takes(bad):
-    with pytest.raises(ValueError, match="expected 1 to"):
+    with pytest.raises(ValueError, match="expected [01] to"):
         Grid(*bad)
 
 
