@@ -63,7 +63,8 @@ class WarpAttention {
     matrix_offset_ = TileLayout<T>::offset(lane % kTileTokens, lane / kTileTokens);
   }
 
-  /// Starts the loads of the query rows of a request and head.
+  /// Starts the loads of the query rows of a request and head, as wide as they go: eight warps that load 4 bytes a lane
+  /// keep an SM's load unit busy for 1,000 cycles (H100).
   FI_PREFETCH_DEVICE void load_query(uint32_t request, uint32_t head) {
     const uint32_t j = lane_index() % 4;
 #pragma unroll
@@ -73,12 +74,17 @@ class WarpAttention {
       const typename T::Q* q = static_cast<const typename T::Q*>(p_.q) +
                                (static_cast<int64_t>(request) * p_.q_len + token) * p_.q_stride_n +
                                (head * p_.group_size + head_in_group) * p_.q_stride_h;
-      // Where K's ldmatrix leaves the 16 dimensions of a product: for fp8 four neighbours in a lane.
-      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(q) + (T::kFp8 ? 2 : 1) * j;
+      // Where K's ldmatrix leaves the 16 dimensions of a product: for fp8 four neighbours in a lane, else the j-th two
+      // of every eight; then four lanes each load every fourth eight and start() deals them out.
 #pragma unroll
-      for (int k = 0; k < kProducts; ++k) {
-        loaded_query_[n][k][0] = __ldcg(pairs + k * 8);
-        loaded_query_[n][k][1] = __ldcg(pairs + k * 8 + (T::kFp8 ? 1 : 4));
+      for (int i = 0; i < kProducts / 2; ++i) {
+        if constexpr (T::kFp8) {
+          const uint2* fours = reinterpret_cast<const uint2*>(q) + i * 8 + j;
+          const uint2 a = __ldcg(fours), b = __ldcg(fours + 4);
+          loaded_query_[n][i] = make_uint4(a.x, a.y, b.x, b.y);
+        } else {
+          loaded_query_[n][i] = __ldcg(reinterpret_cast<const uint4*>(q) + i * 4 + j);
+        }
       }
     }
   }
@@ -91,9 +97,12 @@ class WarpAttention {
     for (int n = 0; n < T::kRowTiles; ++n) {
       const uint32_t mask = QueryRow(p_, n * 8 + lane_index() / 4).valid ? 0xffffffffu : 0;
 #pragma unroll
-      for (int k = 0; k < kProducts; ++k)
+      for (int i = 0; i < kProducts / 2; ++i) {
+        uint32_t x[4] = {loaded_query_[n][i].x, loaded_query_[n][i].y, loaded_query_[n][i].z, loaded_query_[n][i].w};
+        if constexpr (!T::kFp8) transpose_in_four_lanes(x);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) query_[n][k][i] = loaded_query_[n][k][i] & mask;
+        for (int k = 0; k < 4; ++k) query_[n][2 * i + k / 2][k % 2] = x[k] & mask;
+      }
     }
     if constexpr (T::kScaledQuery) scale_query_to_half();
 #pragma unroll
@@ -186,6 +195,20 @@ class WarpAttention {
  private:
   static constexpr int kProducts = T::kHeadDim / 16;  // 16 dimensions each: steps of Q K^T, row blocks of O^T
   static constexpr int kColumns = 2 * T::kRowTiles;   // query rows that a lane has in its fragments
+
+  /// Word k of lane 4i + j becomes word j of lane 4i + k.
+  FI_PREFETCH_DEVICE static void transpose_in_four_lanes(uint32_t (&x)[4]) {
+#pragma unroll
+    for (uint32_t distance = 1; distance < 4; distance *= 2) {
+      const bool upper = lane_index() & distance;
+#pragma unroll
+      for (uint32_t k = 0; k < 4; ++k) {
+        if (k & distance) continue;
+        const uint32_t other = __shfl_xor_sync(kFullWarp, upper ? x[k] : x[k + distance], distance);
+        (upper ? x[k] : x[k + distance]) = other;
+      }
+    }
+  }
 
   /// Queries in bf16 as halves, without loss: each row times the power of two that takes its greatest element to
   /// [2^14, 2^15). What is 2^-28 times smaller loses bits, 2^-39 of the greatest at most. Scores are scaled back by
@@ -380,7 +403,7 @@ class WarpAttention {
 
   const DecodeParams& p_;
   uint32_t matrix_offset_;
-  uint32_t loaded_query_[T::kRowTiles][kProducts][2];
+  uint4 loaded_query_[T::kRowTiles][kProducts / 2];
   uint32_t query_[T::kRowTiles][kProducts][2];
   float score_scale_[T::kScaledQuery ? kColumns : 1];
   float max_[kColumns];  // greatest score so far, in base-2 exponent units

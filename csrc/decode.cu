@@ -412,6 +412,7 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
   const auto lever = [&](int i, int64_t most) {
     return static_cast<int32_t>(std::min(std::max<int64_t>(prefetch[i], 0), most));
   };
+  p.dependent_launch = enable_pdl;
   p.levers = {lever(0, 1 << 16), lever(1, 1 << 16), lever(2, 1), lever(3, 2), lever(4, 1)};
 
   if (batch_size == 0) return;

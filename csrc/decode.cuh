@@ -17,16 +17,14 @@ struct SharedMemory {
   uint8_t* rings;        // [warps][kStages][kStageBytes]; before that the RequestScan, after that right shares
   Run* runs;             // [warps][kStages]
   float* left_partials;  // [warps][rows][kPartialStride]
-  Share* left_shares;    // [warps]: of what a warp shares with warps before it, and ends
-  Share* right_shares;   // [warps]: of what goes on in the warps after it; the partial lies in the warp's ring
-  uint32_t* begins;      // [warps + 1]: where the warps' pieces begin, and the block's ends
+  Share* left_shares;    // [warps]: see keep_shares
+  Share* right_shares;   // [warps]: the partial lies in the warp's ring
 
   static constexpr uint32_t kRingBytes = T::kStages * T::kStageBytes;
 
   static __host__ __device__ uint32_t bytes(uint32_t warps, uint32_t rows) {
-    return warps * (kRingBytes + T::kStages * sizeof(Run) + rows * T::kPartialStride * sizeof(float) +
-                    2 * sizeof(Share) + sizeof(uint32_t)) +
-           sizeof(uint32_t);
+    return warps *
+           (kRingBytes + T::kStages * sizeof(Run) + rows * T::kPartialStride * sizeof(float) + 2 * sizeof(Share));
   }
   FI_PREFETCH_DEVICE SharedMemory(uint8_t* base, uint32_t warps, uint32_t rows) {
     rings = base;
@@ -34,7 +32,6 @@ struct SharedMemory {
     left_partials = reinterpret_cast<float*>(runs + warps * T::kStages);
     left_shares = reinterpret_cast<Share*>(left_partials + warps * rows * T::kPartialStride);
     right_shares = left_shares + warps;
-    begins = reinterpret_cast<uint32_t*>(right_shares + warps);
   }
   FI_PREFETCH_DEVICE float* left_partial(uint32_t warp, uint32_t rows) const {
     return left_partials + warp * rows * T::kPartialStride;
@@ -45,25 +42,81 @@ struct SharedMemory {
 };
 
 /// A warp's piece of the line of tiles.
+template <typename T>
 struct Piece {
   Partition partition{0, 1};
   uint32_t begin = 0;
   uint32_t count = 0;
-  Location at;  // of `begin`, if count > 0
+  TileCursor<T::kWindow> first;  // if count > 0
   bool some_request_is_empty = false;
 };
 
 /// This warp's piece, by a page table that was read. Collective over the warp.
 template <typename T>
-FI_PREFETCH_DEVICE Piece find_piece(const DecodeParams& p, RequestScan<T::kWindow>& scan) {
-  Piece piece;
+FI_PREFETCH_DEVICE Piece<T> find_piece(const DecodeParams& p, RequestScan<T::kWindow>& scan) {
+  Piece<T> piece;
   piece.some_request_is_empty = scan.some_request_is_empty();
   piece.partition = cut(p, scan, gridDim.x, warps_per_block());
   const uint32_t worker = blockIdx.x * warps_per_block() + warp_index();
   piece.begin = piece.partition.begin(worker);
   piece.count = piece.partition.begin(worker + 1) - piece.begin;
-  if (piece.count > 0) piece.at = scan.locate(piece.begin, p.num_kv_heads);
+  if (piece.count > 0) piece.first = TileCursor<T::kWindow>(scan.locate(piece.begin, p.num_kv_heads));
   return piece;
+}
+
+/// The share that this block has of the request and head at a cursor, whose tiles are [begin, end) on the line.
+/// Collective over the warp.
+template <typename T>
+FI_PREFETCH_DEVICE Share share_of(const Piece<T>& piece, const TileCursor<T::kWindow>& at, uint32_t begin,
+                                  uint32_t end) {
+  const Partition& partition = piece.partition;
+  const uint32_t warps = warps_per_block(), lane = lane_index();
+  const uint32_t first_worker = blockIdx.x * warps;
+  const uint32_t warp_begin = partition.begin(first_worker + lane), warp_end = partition.begin(first_worker + lane + 1);
+  const bool has_some = lane < warps && max(begin, warp_begin) < min(end, warp_end);
+  Share share{};
+  share.request = at.request_index;
+  share.head = at.head;
+  share.warps = __ballot_sync(kFullWarp, has_some);
+  share.goes_on = __ballot_sync(kFullWarp, has_some && warp_end < end);
+  share.first_block = begin >= partition.begin(first_worker) ? blockIdx.x : partition.owner(begin) / warps;
+  const uint32_t last_block =
+      end <= partition.begin(first_worker + warps) ? blockIdx.x : partition.owner(end - 1) / warps;
+  share.blocks = last_block - share.first_block + 1;
+  share.leads = (share.warps & ((1u << warp_index()) - 1)) == 0;
+  return share;
+}
+
+/// Keeps for the block's merge what this warp shares with others: on the left the request and head that warps before
+/// it have tiles of as well, if it ends in this warp's piece; on the right the one that goes on in the warps after it.
+/// Collective over the warp.
+template <typename T>
+FI_PREFETCH_DEVICE void keep_shares(const DecodeParams& p, RequestScan<T::kWindow>& scan, const Piece<T>& piece,
+                                    const SharedMemory<T>& shared) {
+  const uint32_t warp = warp_index();
+  const uint32_t piece_end = piece.begin + piece.count;
+  TileCursor<T::kWindow> at = piece.first;
+  uint32_t begin = piece.begin - at.tile, end = begin + at.request.tiles;
+#pragma unroll 1
+  for (uint32_t on_the_right = 0; on_the_right < 2; ++on_the_right) {
+    if (piece.count > 0 && on_the_right && end < piece_end) {
+      at = TileCursor<T::kWindow>(scan.locate(piece_end - 1, p.num_kv_heads));
+      begin = piece_end - 1 - at.tile, end = begin + at.request.tiles;
+    }
+    Share share{};
+    if (piece.count > 0 && (on_the_right ? end > piece_end : begin < piece.begin && end <= piece_end)) {
+      share = share_of<T>(piece, at, begin, end);
+    }
+    if (lane_index() == 0) (on_the_right ? shared.right_shares : shared.left_shares)[warp] = share;
+  }
+}
+
+/// Brings all of the parameters into the SM's constant cache while there is time: what is first read after the last
+/// tile costs a miss a line there.
+FI_PREFETCH_DEVICE void touch(const DecodeParams& p) {
+  const int32_t* words = reinterpret_cast<const int32_t*>(&p);
+#pragma unroll
+  for (uint32_t i = 0; i < sizeof(DecodeParams) / 4; i += 16) ptx::opaque(words[i]);
 }
 
 /// Requests without tiles: output 0, lse -inf. Spread over all blocks, those without other work included.
@@ -90,7 +143,7 @@ FI_PREFETCH_DEVICE void write_empty_requests(const DecodeParams& p) {
 /// output if no other warp has a tile of it, else to shared memory for the block's merge. `begin` and `end`: where the
 /// request and head's tiles are on the line.
 template <typename T>
-FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece& piece, const Run& run, uint32_t begin,
+FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece<T>& piece, const Run& run, uint32_t begin,
                                  uint32_t end, WarpAttention<T>& attention, const SharedMemory<T>& shared) {
   const bool goes_on = end > piece.begin + piece.count;
   attention.finish();
@@ -100,19 +153,8 @@ FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece& piece, cons
   }
   // What goes on is the piece's last: its ring holds no other tile, and after the barrier no lane reads this one.
   __syncwarp();
-  const uint32_t warp = warp_index(), warps = warps_per_block();
+  const uint32_t warp = warp_index();
   attention.write_partial(goes_on ? shared.right_partial(warp) : shared.left_partial(warp, p.group_size * p.q_len));
-  // A warp leads if the request and head begin in its piece, or the block's tiles do (earlier warps may have none).
-  const uint32_t first_worker = blockIdx.x * warps;
-  Share share{run.request, run.head, end, begin >= piece.begin || piece.begin == piece.partition.begin(first_worker)};
-  if (share.leads) {
-    const uint32_t last_worker = goes_on ? piece.partition.owner(end - 1) : first_worker + warp;
-    const uint32_t last_block = goes_on ? last_worker / warps : blockIdx.x;
-    share.last_warp = last_block == blockIdx.x ? last_worker - first_worker : warps - 1;
-    share.first_block = begin >= piece.begin ? blockIdx.x : piece.partition.owner(begin) / warps;
-    share.blocks = last_block - share.first_block + 1;
-  }
-  if (lane_index() == 0) (goes_on ? shared.right_shares : shared.left_shares)[warp] = share;
 }
 
 /// Merges what the block's warps left, then meets the other blocks. The warps take the rows of all shares in turns.
@@ -122,6 +164,9 @@ FI_PREFETCH_DEVICE void merge_shares(const DecodeParams& p, const SharedMemory<T
   const uint32_t warps = warps_per_block();
   const uint32_t rows = p.group_size * p.q_len;
   const float* base = reinterpret_cast<const float*>(shared.rings);
+  // A lane looks after one warp's partials.
+  const uint32_t of_warp = lane_index() & (lanes_of_partials(warps) - 1);
+  const uint32_t left = shared.left_partial(of_warp, rows) - base, right = shared.right_partial(of_warp) - base;
   const auto share_at = [&](uint32_t index) -> const Share& {
     const Share* side = index % 2 == 0 ? shared.left_shares : shared.right_shares;
     return side[index / 2];
@@ -129,25 +174,13 @@ FI_PREFETCH_DEVICE void merge_shares(const DecodeParams& p, const SharedMemory<T
   uint32_t turn = warp_index();  // rows until this warp's next one
   const bool leads = lane_index() < 2 * warps && share_at(lane_index()).leads;
 #pragma unroll 1
-  for (uint32_t left = __ballot_sync(kFullWarp, leads); left != 0; left &= left - 1) {
-    const uint32_t index = __ffs(left) - 1;
-    const uint32_t first_warp = index / 2;
-    const Share share = share_at(index);
+  for (uint32_t leaders = __ballot_sync(kFullWarp, leads); leaders != 0; leaders &= leaders - 1) {
+    const Share share = share_at(__ffs(leaders) - 1);
 #pragma unroll 1
     for (; turn < rows; turn += warps) {
       const uint32_t n = turn;
-      const MergedRow<T> merged = merge_row<T, false>(base, share.last_warp - first_warp + 1, [&](uint32_t i) {
-        const uint32_t warp = first_warp + i;
-        const bool ends_here = share.end <= shared.begins[warp + 1];
-        const float* partial = ends_here ? shared.left_partial(warp, rows) : shared.right_partial(warp);
-        const uint32_t offset = partial - base + n * T::kPartialStride;
-        return shared.begins[warp] == shared.begins[warp + 1] ? kNoPartial : offset;
-      });
-      if (share.blocks == 1) {
-        write_row<T>(p, share.request, share.head, n, merged);
-      } else {
-        merge_blocks<T>(p, share, n, merged);
-      }
+      const uint32_t place = (share.goes_on >> of_warp & 1 ? right : left) + n * T::kPartialStride;
+      merge_share<T>(p, share, n, base, share.warps >> of_warp & 1 ? place : kNoPartial);
     }
     turn -= rows;
   }
@@ -162,66 +195,75 @@ template <typename T>
 __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ DecodeParams p) {
   const uint32_t warp = warp_index(), warps = warps_per_block();
   const SharedMemory<T> shared(ptx::dynamic_shared_memory(), warps, p.group_size * p.q_len);
-  const bool early_load = p.levers.early_load && p.levers.ready == kAllButLastToken;
-  const bool before_wait = early_load || p.levers.prologue > 0;
+  KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.runs + warp * T::kStages);
+  WarpAttention<T> attention(p);
+  Piece<T> piece;
+  // What is read before the kernels that this one depends on have finished is final if the caller promised so, else a
+  // guess: no more than hints and copies into the ring follow from it until it was compared with what is there after
+  // the wait.
+  const bool early_load = p.dependent_launch && p.levers.early_load && p.levers.ready == kAllButLastToken;
+  const bool is_final = p.levers.ready != kNothing;
+  bool before_wait = p.dependent_launch && (is_final || RequestScan<T::kWindow>::can_compare(p));
   if (!before_wait) ptx::wait_for_dependencies();
+  touch(p);
 
-  // Before the kernels that this one depends on have finished: hints, and what the caller promised is final. What is
-  // done is decided by the page table as it is afterwards.
-  Piece piece;
-  bool guess = before_wait;
 #pragma unroll 1
   while (true) {
     RequestScan<T::kWindow> scan(p, shared.rings);
     piece = find_piece<T>(p, scan);
-    if (guess) {
+    pipeline.start(piece.first, piece.count);
+    if (before_wait) {
       const uint32_t tiles = min(piece.count, static_cast<uint32_t>(p.levers.prologue));
-      if (tiles > 0) prefetch_head_of_piece<T>(p, piece.at, tiles, /*evict_last=*/false);
+      if (tiles > 0) prefetch_head_of_piece<T>(p, piece.first, tiles, /*evict_last=*/false);
     }
-    if (guess && !early_load) ptx::wait_for_dependencies();
-    const bool verify = guess && p.levers.ready == kNothing;
-    guess = false;
-    const bool again = verify && scan.changed(p);
-    if (scan.in_shared_memory()) __syncthreads();
-    if (!again) break;
-  }
-  if (lane_index() == 0) {
-    shared.left_shares[warp].leads = 0;
-    shared.right_shares[warp].leads = 0;
-    shared.begins[warp] = piece.begin;
-    if (warp + 1 == warps) shared.begins[warps] = piece.begin + piece.count;
-  }
-  WarpAttention<T> attention(p);
-  const TileCursor<T::kWindow> first(piece.at);
-  KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.runs + warp * T::kStages, first,
-                         piece.count);
-  if (!early_load) {
-    ptx::launch_dependents();
-    // Before the copies, behind 128 KB of which it would wait otherwise.
-    if (piece.count > 0) attention.load_query(first.request_index, first.head);
-    if (piece.some_request_is_empty) write_empty_requests<T>(p);
-  }
-  Run run{};
-  uint32_t run_end = 0;  // in tiles of the piece
-  uint32_t stage = 0;
-  const int count = static_cast<int>(piece.count);
-  int i = 1 - T::kStages;  // below 0: the ring is being filled
-  bool early = early_load;
-#pragma unroll 1
-  while (true) {
-    if (early_load && !early) {
-      ptx::wait_for_dependencies();
+    keep_shares<T>(p, scan, piece, shared);
+    if (scan.in_shared_memory()) __syncthreads();  // it lies where the rings are
+    const bool verify = before_wait && !is_final;
+    if (!early_load) {
+      if (before_wait) ptx::wait_for_dependencies();
       ptx::launch_dependents();
-      if (piece.some_request_is_empty) write_empty_requests<T>(p);
+      // These loads before the copies, behind 128 KB of which they would wait otherwise.
+      if (verify) {
+        scan.read_again(p);
+        pipeline.read_first_page_again();
+      }
+      if (piece.count > 0) attention.load_query(piece.first.request_index, piece.first.head);
     }
+    before_wait = false;
+
+    Run run{};
+    uint32_t run_end = 0;  // in tiles of the piece
+    uint32_t stage = 0;
+    const int count = static_cast<int>(piece.count);
+    bool settled = false;  // the kernels before have finished, and the piece is what they left to do
+    bool again = false;
+    int i = 1 - T::kStages;  // below 0: the ring is being filled
+    if (!early_load) {
+      // Once outside of the loop, at whose head the compiler waits for all of the loads above.
+      pipeline.issue();
+      ++i;
+    }
+    // A warp without tiles settles too.
 #pragma unroll 1
-    for (; early ? i < 0 && pipeline.upcoming_is_older_than(p.q_len) : i < count; ++i) {
+    for (; i < max(count, 1); ++i) {
+      if (!settled && (i == 0 || (early_load && !pipeline.upcoming_is_older_than(p.q_len)))) {
+        settled = true;
+        if (early_load) {
+          ptx::wait_for_dependencies();
+          ptx::launch_dependents();
+          if (count > 0) attention.load_query(piece.first.request_index, piece.first.head);
+        }
+        again = verify && scan.changed(pipeline.first_page_changed());
+        if (again) break;
+        if (piece.some_request_is_empty) write_empty_requests<T>(p);
+        if (count == 0) break;
+      }
       if (i >= 0) {
         if (i == static_cast<int>(run_end)) {
           __syncwarp();  // the run: lane 0 wrote it
           run = pipeline.run(stage);
           run_end += min(run.tiles - run.tile, piece.count - run_end);
-          if (i > 0 || early_load) attention.load_query(run.request, run.head);
+          if (i > 0) attention.load_query(run.request, run.head);
           attention.start();
         }
         pipeline.wait();
@@ -237,8 +279,9 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
       }
       stage = pipeline.next(stage);
     }
-    if (!early) break;
-    early = false;
+    if (!again) break;
+    pipeline.drain();
+    if (scan.in_shared_memory()) __syncthreads();
   }
 
   if (blockIdx.x * warps >= piece.partition.workers) return;  // a block without work, all of its warps

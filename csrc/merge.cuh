@@ -10,15 +10,15 @@
 
 namespace fi_prefetch {
 
-/// What a warp leaves in shared memory of a request and head that other warps have tiles of as well.
+/// A request and head that several warps have tiles of, as far as a block is concerned.
 struct __align__(16) Share {
   uint32_t request;
   uint32_t head;
-  uint32_t end;          // where the request and head's tiles end on the line
-  uint32_t leads;        // 1: no earlier warp of this block has a share of it. Then also:
-  uint32_t last_warp;    // the last one in this block that has
+  uint32_t warps;        // of this block that have tiles of it: a bit each
+  uint32_t goes_on;      // those of them after which it goes on in another warp
   uint32_t first_block;  // the blocks that have
   uint32_t blocks;
+  uint32_t leads;  // 1: the warp that keeps this is the first of `warps`
   uint32_t padding;
 };
 
@@ -31,17 +31,15 @@ struct MergedRow {
   float sum;
 };
 
-template <int N, bool GLOBAL>
+template <int N>
 FI_PREFETCH_DEVICE void load_vector(const float* source, float (&x)[N]) {
   if constexpr (N == 2) {
-    const float2 v =
-        GLOBAL ? __ldcg(reinterpret_cast<const float2*>(source)) : *reinterpret_cast<const float2*>(source);
+    const float2 v = ptx::load_past_l1<float2>(source);
     x[0] = v.x, x[1] = v.y;
   } else {
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
-      const float4* address = reinterpret_cast<const float4*>(source + i);
-      const float4 v = GLOBAL ? __ldcg(address) : *address;
+      const float4 v = ptx::load_past_l1<float4>(source + i);
       x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
     }
   }
@@ -51,25 +49,27 @@ FI_PREFETCH_DEVICE void load_vector(const float* source, float (&x)[N]) {
 constexpr uint32_t kMostPartials = 32;
 constexpr uint32_t kNoPartial = 0xffffffffu;
 
-/// Merges `count` (at most kMostPartials) rows of partials; offset_of(i) is the i-th one's place, in floats from
-/// `base`, or kNoPartial. GLOBAL: other blocks wrote them, so L1 must not serve them. Collective over the warp.
-template <typename T, bool GLOBAL, typename OffsetOf>
-FI_PREFETCH_DEVICE MergedRow<T> merge_row(const float* base, uint32_t count, OffsetOf offset_of) {
+/// Which of `count` partials (at most kMostPartials) a lane looks after: several lanes the same one where there are
+/// few, so that a reduction over that many lanes reaches all.
+FI_PREFETCH_DEVICE uint32_t lanes_of_partials(uint32_t count) { return count <= 8 ? 8 : 32; }
+
+/// Merges `count` rows of partials, in shared or in global memory. `place`: where the (lane %
+/// lanes_of_partials(count))-th is, in floats from `base`, or kNoPartial. Collective over the warp.
+template <typename T>
+FI_PREFETCH_DEVICE MergedRow<T> merge_row(const float* base, uint32_t count, uint32_t place) {
   constexpr int kVector = MergedRow<T>::kVector;
-  constexpr int kHalf = 32 / kVector;      // rows whose loads are in flight together: 32 registers,
-  constexpr int kHalves = GLOBAL ? 2 : 1;  // twice that where they come from far
+  constexpr int kHalves = 2;
+  constexpr int kHalf = 32 / kVector;  // rows whose loads are in flight together, in 32 registers, and twice that
   constexpr int kBatch = kHalves * kHalf;
   const uint32_t lane = lane_index();
-  const uint32_t width = count <= 8 ? 8 : 32;  // lanes that look after different rows; the others repeat them
-  const uint32_t index = lane & (width - 1);
-  const uint32_t repeated = index < count ? offset_of(index) : kNoPartial;
-  const uint32_t own = lane < count ? repeated : kNoPartial;
+  const uint32_t width = lanes_of_partials(count);
   float max = -INFINITY, sum = 0.0f;
-  if (repeated != kNoPartial) {
+  if (place != kNoPartial) {
     float x[2];
-    load_vector<2, GLOBAL>(base + repeated + T::kHeadDim, x);
+    load_vector<2>(base + place + T::kHeadDim, x);
     max = x[0], sum = x[1];
   }
+  const uint32_t own = lane < count ? place : kNoPartial;
   float x[kBatch][kVector];
   const auto load_batch = [&](uint32_t first) {
 #pragma unroll
@@ -80,7 +80,7 @@ FI_PREFETCH_DEVICE MergedRow<T> merge_row(const float* base, uint32_t count, Off
 #pragma unroll
         for (int d = 0; d < kVector; ++d) x[i][d] = 0.0f;
         const uint32_t row = __shfl_sync(kFullWarp, own, (first + i) % 32);
-        if (row != kNoPartial) load_vector<kVector, GLOBAL>(base + row + lane * kVector, x[i]);
+        if (row != kNoPartial) load_vector<kVector>(base + row + lane * kVector, x[i]);
       }
     }
   };
@@ -166,36 +166,47 @@ FI_PREFETCH_DEVICE uint32_t partial_offset(uint32_t slot, uint32_t rows, uint32_
   return (slot * rows + n) * T::kPartialStride;
 }
 
-/// The meeting of the blocks that share a request and head, for one query row: leaves this block's sums, and merges all
-/// of them if it is the last to come. Beyond kMostPartials blocks it has two levels of about the square root of their
-/// number. Rows meet apart from each other, a warp each, so no warp waits for its block. Collective over the warp.
+/// Merges one query row of a share: what this block's warps left at `place` in shared memory (see merge_row); then,
+/// where several blocks have tiles of it, what they leave in global memory, by the last of them to come. Beyond
+/// kMostPartials blocks these meet in two levels of about the square root of their number. Rows meet apart from each
+/// other, a warp each, so no warp waits for its block. All levels run the same code, which the first one has brought
+/// into the instruction cache. Collective over the warp.
 template <typename T>
-FI_PREFETCH_DEVICE void merge_blocks(const DecodeParams& p, const Share& share, uint32_t n, MergedRow<T> merged) {
+FI_PREFETCH_DEVICE void merge_share(const DecodeParams& p, const Share& share, uint32_t n, const float* base,
+                                    uint32_t place) {
   const uint32_t rows = p.group_size * p.q_len;
   const uint32_t first_block = share.first_block, blocks = share.blocks;
   uint32_t fan_in = blocks;
   if (blocks > kMostPartials) {
     for (fan_in = 6; fan_in * fan_in < blocks;) ++fan_in;
   }
+  uint32_t levels = blocks == 1 ? 0 : fan_in == blocks ? 1 : 2;  // still to come
   const auto slot = [&](uint32_t block) { return 2 * block + (block == first_block); };
 
-  // First level: every block of a chunk of fan_in neighbours. Second: the first block's slot of every chunk.
-  const uint32_t chunk = fan_in == blocks ? 0 : (blockIdx.x - first_block) / fan_in;
+  // First level of blocks: every one of a chunk of fan_in neighbours. Second: the first block's slot of every chunk.
+  const uint32_t chunk = levels == 2 ? (blockIdx.x - first_block) / fan_in : 0;
   uint32_t own = slot(blockIdx.x);
   uint32_t first = first_block + chunk * fan_in, step = 1, count = min(fan_in, blocks - chunk * fan_in);
   int32_t* counter = p.counters + slot(first) * rows + n;
+  uint32_t partials = warps_per_block();
 #pragma unroll 1
   while (true) {
+    const MergedRow<T> merged = merge_row<T>(base, partials, place);
+    if (levels == 0) {
+      write_row<T>(p, share.request, share.head, n, merged);
+      return;
+    }
     write_partial_row<T>(p.partials + partial_offset<T>(own, rows, n), merged);
     if (!arrive(counter, count)) return;
-    merged = merge_row<T, true>(p.partials, count,
-                                [&](uint32_t i) { return partial_offset<T>(slot(first + i * step), rows, n); });
-    if (step * count == blocks || step == fan_in) break;
+    --levels;
+    base = p.partials;
+    partials = count;
+    const uint32_t i = lane_index() & (lanes_of_partials(count) - 1);
+    place = i < count ? partial_offset<T>(slot(first + i * step), rows, n) : kNoPartial;
     own = slot(first);
     first = first_block, step = fan_in, count = (blocks + fan_in - 1) / fan_in;
     counter = p.counters + (2 * gridDim.x + first_block) * rows + n;
   }
-  write_row<T>(p, share.request, share.head, n, merged);
 }
 
 }  // namespace fi_prefetch

@@ -48,6 +48,7 @@ struct DecodeParams {
   PageTable table;
   int32_t num_kv_heads;
   uint32_t min_tiles_per_warp;  // fewer blocks work when there is less than this to do; 0: the kernel chooses
+  int32_t dependent_launch;     // 1: kernels before this one may still run when it starts
   int32_t q_len;                // query tokens per request, the newest of it (bottom-right causal)
   int32_t window_left;          // tokens before the query's own that it sees; only read with a sliding window
   PrefetchLevers levers;

@@ -37,18 +37,37 @@ struct TileLayout {
 template <typename T>
 class KvPipeline {
  public:
-  /// The warp's piece is `count` tiles (perhaps none), from `first` on.
-  FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* ring, Run* runs, const TileCursor<T::kWindow>& first,
-                                uint32_t count)
+  FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* ring, Run* runs)
       : p_(p),
-        ahead_(first),
         runs_(runs),
         ring_(ptx::shared_address(ring)),
-        count_(count),
         k_(ptx::opaque(p.k.data + lane_index() % T::kRowChunks * 16)),
         v_(ptx::opaque(p.v.data + lane_index() % T::kRowChunks * 16)),
-        policy_(p.levers.stream ? ptx::policy_evict_first() : ptx::policy_evict_normal()) {
-    if (count_ > 0) load_pages();
+        policy_(p.levers.stream ? ptx::policy_evict_first() : ptx::policy_evict_normal()) {}
+
+  /// Begins a piece of `count` tiles (perhaps none) from `first` on: loads its first page numbers and works out where
+  /// the rows lie.
+  FI_PREFETCH_DEVICE void start(const TileCursor<T::kWindow>& first, uint32_t count) {
+    ahead_ = first;
+    count_ = count;
+    issued_ = stage_to_fill_ = far_tile_ = 0;
+    pair_is_done_ = false;
+    if (count_ == 0) return;
+    first_page_at_ = load_pages();
+    first_page_ = first_page_again_ = page_;
+    take_next_pair();
+  }
+
+  /// Starts loading this lane's first page number again. Every other one is loaded by issue().
+  FI_PREFETCH_DEVICE void read_first_page_again() {
+    if (count_ > 0) first_page_again_ = __ldcg(p_.table.indices + first_page_at_);
+  }
+  FI_PREFETCH_DEVICE bool first_page_changed() const { return ptx::opaque(first_page_again_) != first_page_; }
+
+  /// Waits until no copy is on its way, so that start() may be called again.
+  FI_PREFETCH_DEVICE void drain() {
+    ptx::copy_async_wait<0>();
+    __syncwarp();
   }
 
   /// The next tile to issue.
@@ -63,8 +82,8 @@ class KvPipeline {
   /// "all but the newest kStages - 1 groups" means the same tile for every count.
   FI_PREFETCH_DEVICE void issue() {
     if (issued_ < count_) {
-      const bool new_pair = pair_is_done_;
-      if (new_pair) take_next_pair();
+      const bool new_pair = pair_is_done_ || issued_ == 0;
+      if (pair_is_done_) take_next_pair();
       copy_tile();
       if (new_pair) load_pages_ahead();
       if (p_.levers.run_ahead > 0) run_ahead();
@@ -93,13 +112,16 @@ class KvPipeline {
  private:
   /// Starts the load of the page numbers of the pair of tiles (an even one and the next) that `ahead_` is in: one token
   /// a lane. They are used two tiles later: with 128 KB on their way to every SM a load takes as long as a tile or two.
-  FI_PREFETCH_DEVICE void load_pages() {
+  /// Returns where in `indices` this lane's stands.
+  FI_PREFETCH_DEVICE int32_t load_pages() {
     const int32_t token =
         min(ahead_.request.first_token + static_cast<int32_t>(ahead_.tile / 2 * (2 * kTileTokens) + lane_index()),
             ahead_.request.length - 1);
     const PageSlot place(p_.table, token);
-    page_ = __ldcg(p_.table.indices + ahead_.request.page_begin + place.page);
     slot_ = place.slot;
+    const int32_t at = ahead_.request.page_begin + place.page;
+    page_ = __ldcg(p_.table.indices + at);
+    return at;
   }
 
   /// Works out where the rows of the pair lie whose page numbers were loaded.
@@ -161,13 +183,16 @@ class KvPipeline {
   TileCursor<T::kWindow> at_;     // the next tile to issue, unless its pair is done
   TileCursor<T::kWindow> ahead_;  // in the pair after it
   int32_t page_ = 0;              // of this lane's token of that pair, as the page table says
+  int32_t first_page_ = 0;        // the same of the piece's first pair
+  int32_t first_page_at_ = 0;     // where it says so, and what it says now
+  int32_t first_page_again_ = 0;
   uint32_t slot_ = 0;
   uint32_t k_offset_ = 0;  // where this lane's token of at_'s pair lies, in units
   uint32_t v_offset_ = 0;
-  bool pair_is_done_ = true;
+  bool pair_is_done_ = false;
   Run* runs_;
   uint32_t ring_;
-  uint32_t count_;
+  uint32_t count_ = 0;
   const uint8_t* k_;  // of the chunk that this lane copies of every row
   const uint8_t* v_;
   uint64_t policy_;

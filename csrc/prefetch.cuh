@@ -101,9 +101,8 @@ class TileRows {
 /// Brings the first `tiles` tiles of a warp's piece into L2. What it reads of the page table may be stale: it decides
 /// nothing but which lines are asked for.
 template <typename T>
-FI_PREFETCH_DEVICE void prefetch_head_of_piece(const DecodeParams& p, const Location& at, uint32_t tiles,
+FI_PREFETCH_DEVICE void prefetch_head_of_piece(const DecodeParams& p, TileCursor<T::kWindow> cursor, uint32_t tiles,
                                                bool evict_last) {
-  TileCursor<T::kWindow> cursor(at);
   TileRows rows(p, cursor.head);
   for (uint32_t i = 0; i < tiles; ++i) {
     rows.prefetch<T>(p, cursor, rows.find(p, cursor), 0, evict_last);

@@ -26,7 +26,9 @@ __global__ void __launch_bounds__(256)
   for (uint32_t worker = blockIdx.x * warps_per_block() + warp_index(); worker < partition.workers; worker += stride) {
     const uint32_t begin = partition.begin(worker);
     const uint32_t count = min(partition.begin(worker + 1) - begin, window.tiles_per_warp);
-    if (count > 0) prefetch_head_of_piece<T>(p, scan.locate(begin, p.num_kv_heads), count, window.evict_last);
+    if (count == 0) continue;
+    const TileCursor<T::kWindow> first(scan.locate(begin, p.num_kv_heads));
+    prefetch_head_of_piece<T>(p, first, count, window.evict_last);
   }
 }
 

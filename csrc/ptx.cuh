@@ -28,6 +28,12 @@ FI_PREFETCH_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+/// The same number, of which the compiler knows nothing before this point of the program.
+FI_PREFETCH_DEVICE int32_t opaque(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 /// The same pointer, of which the compiler then knows nothing: it stays one addend of an address instead of being taken
 /// apart into what is uniform and what is not.
 FI_PREFETCH_DEVICE const uint8_t* opaque(const uint8_t* pointer) {
@@ -51,6 +57,29 @@ FI_PREFETCH_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_grou
 template <int PENDING>
 FI_PREFETCH_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// ---- loads: ld, section 9.7.9.8 -------------------------------------------------------------------------------------
+
+/// From shared memory, or from global memory without looking into L1, which keeps what other SMs have overwritten.
+template <typename Vector>
+FI_PREFETCH_DEVICE Vector load_past_l1(const float* source);
+
+template <>
+FI_PREFETCH_DEVICE float2 load_past_l1<float2>(const float* source) {
+  float2 x;
+  asm volatile("ld.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(source) : "memory");
+  return x;
+}
+
+template <>
+FI_PREFETCH_DEVICE float4 load_past_l1<float4>(const float* source) {
+  float4 x;
+  asm volatile("ld.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(source)
+               : "memory");
+  return x;
 }
 
 // ---- L2: prefetch (9.7.9.15), cp.async.bulk.prefetch (9.7.9.25.4), createpolicy (9.7.9.18) ------------------------

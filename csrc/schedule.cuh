@@ -46,10 +46,6 @@ struct __align__(16) Request {
   int32_t first_token;  // first token of tile 0: 0, or the tile that holds the sliding window's first token
   uint32_t tiles;       // 0: nothing to attend to
 
-  FI_PREFETCH_DEVICE bool operator!=(const Request& other) const {
-    return page_begin != other.page_begin || length != other.length;  // the rest follows from them
-  }
-
   /// Lane `source`'s request. Collective over the warp.
   FI_PREFETCH_DEVICE Request of_lane(int source) const {
     return {__shfl_sync(kFullWarp, page_begin, source), __shfl_sync(kFullWarp, length, source),
@@ -57,22 +53,34 @@ struct __align__(16) Request {
   }
 };
 
-/// Reads request `r`; none where `r` is beyond the batch. Loads bypass L1: before the dependency wait they may see the
-/// previous kernel's half-written table, and a line left in L1 would be served again after the wait. Every value is
-/// clamped so that no content of the page table can lead to an access outside `indices`: positions page_begin + t /
-/// page_size are below num_indices for every token t below length.
+/// A row of the page table as it is in memory.
+struct TableRow {
+  int32_t begin;
+  int32_t end;
+  int32_t last_page_len;
+
+  FI_PREFETCH_DEVICE bool operator!=(const TableRow& other) const {
+    return begin != other.begin || end != other.end || last_page_len != other.last_page_len;
+  }
+};
+
+/// Starts the loads of row `r`; an empty one where `r` is beyond the batch. They bypass L1: before the dependency wait
+/// they may see the previous kernel's half-written table, and a line left in L1 would be served again after the wait.
+FI_PREFETCH_DEVICE TableRow load_row(const PageTable& table, uint32_t r) {
+  if (r >= static_cast<uint32_t>(table.batch_size)) return {0, 0, 0};
+  return {__ldcg(table.indptr + r), __ldcg(table.indptr + r + 1), __ldcg(table.last_page_len + r)};
+}
+
+/// The request of a row. Every value is clamped so that no content of the page table can lead to an access outside
+/// `indices`: positions page_begin + t / page_size are below num_indices for every token t below length.
 template <bool WINDOW>
-FI_PREFETCH_DEVICE Request load_request(const DecodeParams& p, uint32_t r) {
+FI_PREFETCH_DEVICE Request request_of(const DecodeParams& p, const TableRow& row) {
   const PageTable& table = p.table;
-  if (r >= static_cast<uint32_t>(table.batch_size)) return {0, 0, 0, 0};
-  const int32_t begin = __ldcg(table.indptr + r);
-  const int32_t end = __ldcg(table.indptr + r + 1);
-  const int32_t last = __ldcg(table.last_page_len + r);
   Request request;
-  request.page_begin = min(max(begin, 0), table.num_indices);
+  request.page_begin = min(max(row.begin, 0), table.num_indices);
   const int32_t pages =
-      min(min(max(end, request.page_begin), table.num_indices) - request.page_begin, table.max_pages_per_request);
-  request.length = pages > 0 ? (pages - 1) * table.page_size + min(max(last, 0), table.page_size) : 0;
+      min(min(max(row.end, request.page_begin), table.num_indices) - request.page_begin, table.max_pages_per_request);
+  request.length = pages > 0 ? (pages - 1) * table.page_size + min(max(row.last_page_len, 0), table.page_size) : 0;
   request.first_token = 0;
   if (WINDOW) {
     // The oldest token that the request's first query token sees, down to its tile's first.
@@ -80,6 +88,11 @@ FI_PREFETCH_DEVICE Request load_request(const DecodeParams& p, uint32_t r) {
   }
   request.tiles = static_cast<uint32_t>(request.length - request.first_token + kTileTokens - 1) / kTileTokens;
   return request;
+}
+
+template <bool WINDOW>
+FI_PREFETCH_DEVICE Request load_request(const DecodeParams& p, uint32_t r) {
+  return request_of<WINDOW>(p, load_row(p.table, r));
 }
 
 /// A position on the line of tiles: tile `offset % tiles` of kv head `offset / tiles` of a request.
@@ -103,7 +116,8 @@ class RequestScan {
     const uint32_t batch_size = p.table.batch_size;
     const uint32_t lane = lane_index();
     if (batch_size <= 32) {
-      request_ = load_request<WINDOW>(p, lane);
+      row_ = load_row(p.table, lane);
+      request_ = request_of<WINDOW>(p, row_);
       sum_ = warp_inclusive_sum(request_.tiles);
       total_ = __shfl_sync(kFullWarp, sum_, 31);
       longest_ = __reduce_max_sync(kFullWarp, request_.tiles);
@@ -116,7 +130,8 @@ class RequestScan {
     bool empty = false;
     for (uint32_t group = warp_index(); group < groups_; group += warps_per_block()) {
       const uint32_t r = group * 32 + lane;
-      const Request request = load_request<WINDOW>(p, r);
+      row_ = load_row(p.table, r);
+      const Request request = request_of<WINDOW>(p, row_);
       requests_[r] = request;
       sums_[r] = warp_inclusive_sum(request.tiles);
       empty |= r < batch_size && request.tiles == 0;
@@ -129,15 +144,24 @@ class RequestScan {
     longest_ = __reduce_max_sync(kFullWarp, longest);
   }
 
-  /// Whether the page table says something else now. Collective over the block.
-  FI_PREFETCH_DEVICE bool changed(const DecodeParams& p) const {
-    if (groups_ == 0) return __any_sync(kFullWarp, load_request<WINDOW>(p, lane_index()) != request_);
-    bool any = false;
-    for (uint32_t group = warp_index(); group < groups_; group += warps_per_block()) {
-      const uint32_t r = group * 32 + lane_index();
-      any |= load_request<WINDOW>(p, r) != requests_[r];
-    }
-    return __syncthreads_or(any);
+  /// Whether changed() can tell: it compares what is still in registers, for the shared memory is soon in use.
+  static FI_PREFETCH_DEVICE bool can_compare(const DecodeParams& p) {
+    return static_cast<uint32_t>(p.table.batch_size) <= 32 * warps_per_block();
+  }
+
+  /// Starts loading the page table again, for changed().
+  FI_PREFETCH_DEVICE void read_again(const DecodeParams& p) {
+    row_again_ = load_row(p.table, groups_ == 0 ? lane_index() : threadIdx.x);
+  }
+
+  /// Whether the page table said something else when it was read again, or `or_else` holds somewhere. Collective over
+  /// the block where the batch is in shared memory, else over the warp alone.
+  FI_PREFETCH_DEVICE bool changed(bool or_else) const {
+    // Opaque: else the comparison stands, and waits, right after the loads.
+    const TableRow now = {ptx::opaque(row_again_.begin), ptx::opaque(row_again_.end),
+                          ptx::opaque(row_again_.last_page_len)};
+    const bool differs = or_else || now != row_;
+    return groups_ == 0 ? __any_sync(kFullWarp, differs) : __syncthreads_or(differs);
   }
 
   FI_PREFETCH_DEVICE bool in_shared_memory() const { return groups_ > 0; }
@@ -178,7 +202,9 @@ class RequestScan {
   uint32_t groups_ = 0;  // in shared memory
   Request* requests_ = nullptr;
   uint32_t* sums_ = nullptr;  // tiles of a request and of those before it in its group
-  Request request_{};         // this lane's of the group at hand, and its sum
+  TableRow row_{};            // what this lane read last, and what it says now
+  TableRow row_again_{};
+  Request request_{};  // this lane's of the group at hand, and its sum
   uint32_t sum_ = 0;
   uint32_t total_ = 0;
   uint32_t longest_ = 0;
@@ -213,17 +239,19 @@ struct Partition {
 
 FI_PREFETCH_DEVICE uint32_t floor_log2(uint32_t x) { return 31 - __clz(x); }
 
-/// Tiles that a warp is given at least, where the host leaves it to the kernel: about the square root of 1/32 of the
-/// longest request's (2 of 2K tokens, 4 of 8K, 8 of 32K; H100). More blocks read faster, but each is a partial more to
+/// Tiles that a warp is given at least, where the host leaves it to the kernel: about the square root of 1/128 of the
+/// longest request's (1 of 2K tokens, 2 of 8K, 4 of 32K; H100). More blocks read faster, but each is a partial more to
 /// merge.
 FI_PREFETCH_DEVICE uint32_t default_min_tiles(uint32_t longest_request) {
-  return 1u << (floor_log2(max(longest_request / 32, 1u)) + 1) / 2;
+  return 1u << (floor_log2(max(longest_request / 128, 1u)) + 1) / 2;
 }
 
 /// Blocks that get work: no more than have `min_tiles` a warp, and no more than the longest piece needs, a little
-/// rounded up. Pieces of 8 and not of 7 or 8 tiles take as long, and cut fewer requests in two. Every block that works
-/// gets a tile at least.
-FI_PREFETCH_DEVICE uint32_t active_blocks(uint32_t tiles, uint32_t blocks, uint32_t warps, uint32_t min_tiles) {
+/// rounded up. Pieces of 8 and not of 7 or 8 tiles take as long, and cut fewer requests in two. Where all requests have
+/// `equal` tiles (0: they differ) and two more a warp let every block have one whole, they get them: two tiles take
+/// half as long as a meeting of blocks (H100). Every block that works gets a tile at least.
+FI_PREFETCH_DEVICE uint32_t active_blocks(uint32_t tiles, uint32_t blocks, uint32_t warps, uint32_t min_tiles,
+                                          uint32_t equal) {
   const uint32_t workers = blocks * warps;
   uint32_t piece = min_tiles;
   if (tiles > workers * min_tiles) {
@@ -231,7 +259,8 @@ FI_PREFETCH_DEVICE uint32_t active_blocks(uint32_t tiles, uint32_t blocks, uint3
     const uint32_t unit = (1u << floor_log2(piece)) / 16;  // up to 1/16 longer
     if (unit > 1) piece = (piece + unit - 1) & ~(unit - 1);
   }
-  const uint32_t tiles_per_block = piece * warps;
+  uint32_t tiles_per_block = piece * warps;
+  if (equal > tiles_per_block && equal <= tiles_per_block + 2 * warps) tiles_per_block = equal;
   const uint32_t full = small_quotient(tiles, tiles_per_block);
   return max(full + (full * tiles_per_block != tiles), 1u);
 }
@@ -242,7 +271,8 @@ FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, const RequestScan<WINDOW
                                  uint32_t warps) {
   const uint32_t tiles = scan.total() * p.num_kv_heads;
   const uint32_t min_tiles = p.min_tiles_per_warp > 0 ? p.min_tiles_per_warp : default_min_tiles(scan.longest());
-  return Partition(tiles, active_blocks(tiles, blocks, warps, min_tiles) * warps);
+  const uint32_t equal = scan.longest() * p.table.batch_size == scan.total() ? scan.longest() : 0;
+  return Partition(tiles, active_blocks(tiles, blocks, warps, min_tiles, equal) * warps);
 }
 
 /// Walks the line of tiles. The same values in every lane of the warp.

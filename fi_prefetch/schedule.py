@@ -57,17 +57,20 @@ class Partition:
 
 def default_min_tiles(longest_request: int) -> int:
     """Tiles that the kernel gives a warp at least, by the tiles of the longest request."""
-    return 1 << max(longest_request // 32, 1).bit_length() // 2
+    return 1 << max(longest_request // 128, 1).bit_length() // 2
 
 
-def active_blocks(tiles: int, blocks: int, warps: int, min_tiles: int) -> int:
-    """Blocks of the grid that get work."""
+def active_blocks(tiles: int, blocks: int, warps: int, min_tiles: int, equal: int = 0) -> int:
+    """Blocks of the grid that get work. `equal`: what all requests have in tiles, 0 where they differ."""
     piece = min_tiles
     if tiles > blocks * warps * min_tiles:
         piece = -(-tiles // (blocks * warps))
         unit = max((1 << (piece.bit_length() - 1)) // 16, 1)
         piece = -(-piece // unit) * unit
-    return max(-(-tiles // (piece * warps)), 1)
+    tiles_per_block = piece * warps
+    if tiles_per_block < equal <= tiles_per_block + 2 * warps:
+        tiles_per_block = equal
+    return max(-(-tiles // tiles_per_block), 1)
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,10 @@ class Schedule:
     @cached_property
     def partition(self) -> Partition:
         total = sum(self.tiles) * self.num_kv_heads
-        min_tiles = self.min_tiles_per_warp or default_min_tiles(max(self.tiles, default=0))
-        working = active_blocks(total, self.blocks, self.warps, min_tiles)
+        longest = max(self.tiles, default=0)
+        equal = longest if longest * len(self.tiles) == sum(self.tiles) else 0
+        min_tiles = self.min_tiles_per_warp or default_min_tiles(longest)
+        working = active_blocks(total, self.blocks, self.warps, min_tiles, equal)
         return Partition(total, working * self.warps)
 
     @property

@@ -40,7 +40,7 @@ static DecodeParams params(const void* q, void* o, float* lse, const float* sink
   p.num_qo_heads = n[15]; p.num_kv_heads = n[16]; p.group_size = n[15] / n[16];
   p.group_inverse = 65536 / p.group_size + 1;
   p.q_len = n[17];
-  p.window_left = n[18]; p.min_tiles_per_warp = n[19];
+  p.window_left = n[18]; p.min_tiles_per_warp = n[19]; p.dependent_launch = n[25];
   p.scale_log2 = x[0]; p.inverse_cap = x[1]; p.v_scale = x[2];
   p.partials = partials; p.counters = counters;
   p.levers = {int32_t(n[20]), int32_t(n[21]), int32_t(n[22]), int32_t(n[23]), int32_t(n[24])};
@@ -97,6 +97,7 @@ class Problem:
     sinks: torch.Tensor | None = None
     o_dtype: torch.dtype | None = None
     levers: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)  # run_ahead, prologue, early_load, ready, stream
+    dependent_launch: bool = True
     blocks: int = 5
     warps: int = 4
     min_tiles: int = 1
@@ -163,7 +164,8 @@ def arguments(problem: Problem):
          int(page_size % 16 == 0 and p.k.stride(1) == p.k.shape[3] and p.v.stride(1) == p.v.shape[3]),
          len(p.last_page_len), len(p.indices), p.k.shape[0], page_size,
          page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else -1,
-         p.q.shape[1], p.k.shape[2], p.q_len, p.window_left, p.min_tiles, *p.levers],
+         p.q.shape[1], p.k.shape[2], p.q_len, p.window_left, p.min_tiles, *p.levers,
+         int(p.dependent_launch)],
         dtype=np.int64,
     )  # fmt: skip
     sm_scale = p.sm_scale if p.sm_scale is not None else p.q.shape[2] ** -0.5

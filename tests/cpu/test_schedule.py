@@ -38,12 +38,25 @@ def test_a_tile_beyond_the_line_has_no_owner():
         Partition(10, 3).owner(10)
 
 
-@given(tiles=st.integers(1, 2**31), blocks=st.integers(1, 1024), warps=st.integers(1, 8), min_tiles=st.integers(1, 64))
-def test_every_working_block_has_a_tile(tiles, blocks, warps, min_tiles):
-    working = active_blocks(tiles, blocks, warps, min_tiles)
+@given(
+    tiles=st.integers(1, 2**31),
+    blocks=st.integers(1, 1024),
+    warps=st.integers(1, 8),
+    min_tiles=st.integers(1, 64),
+    equal=st.integers(0, 2**31),
+)
+def test_every_working_block_has_a_tile(tiles, blocks, warps, min_tiles, equal):
+    working = active_blocks(tiles, blocks, warps, min_tiles, min(equal, tiles))
+    assert working <= blocks
     partition = Partition(tiles, working * warps)
     for block in {0, working // 2, working - 1}:
         assert partition.begin((block + 1) * warps) > partition.begin(block * warps)
+
+
+def test_a_block_has_whole_requests_where_that_costs_two_tiles_a_warp_at_most():
+    assert Schedule([512] * 64, 1, blocks=132, warps=8).blocks_of(0) == 1
+    assert Schedule([512] * 63 + [511 - 16], 1, blocks=132, warps=8).blocks_of(0) > 1, "they differ"
+    assert Schedule([1024] * 32, 1, blocks=132, warps=8).blocks_of(0) > 1, "eight tiles a warp, not two"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +84,7 @@ def test_segments_hold_every_tile_once_in_order(lengths, heads, blocks, warps):
 
 
 @pytest.mark.parametrize("window_left", [-1, 40])
-@pytest.mark.parametrize("lengths", [[500], [40, 0, 333, 16, 1], [64] * 12])
+@pytest.mark.parametrize("lengths", [[500], [40, 0, 333, 16, 1], [64] * 12, [80] * 5])
 def test_the_kernel_cuts_where_the_host_does(lengths, window_left):
     """The window op asks for the first tile of every warp's piece, and so shows the kernel's own schedule."""
     heads, blocks, warps, page_size = 2, 5, 3, 16
