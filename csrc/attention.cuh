@@ -371,8 +371,8 @@ class WarpAttention {
   /// The same with the keys turned by their positions, of which the tile's first token has `position`: negative, as
   /// rotate_query() counts them, but for the newest tokens. A pair of dimensions is in two products' fragments, at the
   /// same place of a lane. Rounded to bf16 again the keys would lose what FlashInfer's CUDA-core kernel keeps, so they
-  /// go on as tf32 numbers: eight times as fine as bf16, as wide as float. A fragment of theirs has half as many columns
-  /// and may have them in any order, so two neighbours in a lane are columns j and j + 4.
+  /// go on as tf32 numbers: eight times as fine as bf16, as wide as float. A fragment of theirs has half as many
+  /// columns and may have them in any order, so two neighbours in a lane are columns j and j + 4.
   FI_PREFETCH_DEVICE void multiply_rotated_k(uint32_t k_tile, int32_t position,
                                              float (&scores)[T::kRowTiles][4]) const {
     constexpr int kParts = T::kFp8 ? 2 : 1;  // products' worth of dimensions in a pair of chunks
@@ -554,8 +554,8 @@ class WarpAttention {
   float score_scale_[T::kScaledQuery ? kColumns : 1];
   uint32_t turns_[T::kRope ? kProducts / 2 : 1][2][2];  // a token's, in 2^-32: of the lane's dimensions as in query_
   float slope_log2_[T::kAlibi ? kColumns : 1];          // ALiBi's, in base-2 exponent units
-  float max_[kColumns];  // greatest score so far, in base-2 exponent units
-  float sum_[kColumns];  // this lane's share until finish()
+  float max_[kColumns];                                 // greatest score so far, in base-2 exponent units
+  float sum_[kColumns];                                 // this lane's share until finish()
   float output_[kProducts][T::kRowTiles][4];
 };
 

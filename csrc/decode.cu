@@ -1,8 +1,8 @@
 // The entry points: FlashInfer's `plan`, `workspace_size` and `run` of a batch-decode module, and `prefetch_kv`.
 //
 // One compilation serves one choice of element types, head_dim, sliding window, soft cap and position encoding;
-// fi_prefetch/jit.py sets the FI_PREFETCH_* macros. Everything is checked here that memory safety hangs on, whatever the Python side did
-// before.
+// fi_prefetch/jit.py sets the FI_PREFETCH_* macros. Everything is checked here that memory safety hangs on, whatever
+// the Python side did before.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/dtype.h>

@@ -93,8 +93,8 @@ def test_scores_are_scaled_capped_and_sunk():
 def test_rotary_positions(dtype, kv_dtype, head_dim, q_len):
     assert_right(
         make_problem(
-            [300, 20, q_len, 0, 77] if q_len == 1 else [300, 20, q_len, 77], heads_q=8, heads_kv=2, dtype=dtype,
-            kv_dtype=kv_dtype, head_dim=head_dim, page_size=4, q_len=q_len, position="ROPE_LLAMA",
+            [300, 20, q_len, 77], heads_q=8, heads_kv=2, dtype=dtype,
+            kv_dtype=kv_dtype, head_dim=head_dim, page_size=4, q_len=q_len, position="ROPE_LLAMA", warps=3,
         )
     )  # fmt: skip
 
