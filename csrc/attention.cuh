@@ -12,6 +12,26 @@
 namespace fi_prefetch {
 
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kTwoPi = 6.283185307179586f;
+
+/// Turns a pair of numbers by `phase`, counted in 2^-32 of a full turn. Whole turns are gone by themselves, so that a
+/// far position's angle is as exact as a near one's.
+FI_PREFETCH_DEVICE void rotate(float& x, float& y, uint32_t phase) {
+  // The phase's upper bits as the mantissa of a number around 1.5: cheaper than a conversion, which shares a unit with
+  // sine and cosine.
+  const float turns = __int_as_float(0x3fc00000 + (static_cast<int32_t>(phase) >> 9)) - 1.5f;
+  const float sine = ptx::sin_fast(turns * kTwoPi), cosine = ptx::cos_fast(turns * kTwoPi);
+  const float rotated = x * cosine - y * sine;
+  y = y * cosine + x * sine;
+  x = rotated;
+}
+
+/// ALiBi's slope of a head: a geometric series, odd powers of the half step beyond a power of two.
+FI_PREFETCH_DEVICE float alibi_slope(uint32_t head, uint32_t heads) {
+  const uint32_t power = 1u << (31 - __clz(heads));
+  const float exponent = head < power ? 8.0f * (head + 1) : 4.0f * (2 * (head - power) + 1);
+  return ptx::exp2_fast(-exponent / power);
+}
 
 /// Query row n of a kv head is query token n / group_size, query head n % group_size of the group.
 struct QueryRow {
@@ -61,6 +81,7 @@ class WarpAttention {
     // Lane l gives ldmatrix the row of token l % 16, chunk l / 16 of a pair. Exclusive-oring the pair's index into the
     // chunk bits then moves along the row (TileLayout::offset with an even chunk added).
     matrix_offset_ = TileLayout<T>::offset(lane % kTileTokens, lane / kTileTokens);
+    if constexpr (T::kRope) set_turns();
   }
 
   /// Starts the loads of the query rows of a request and head, as wide as they go: eight warps that load 4 bytes a lane
@@ -87,12 +108,20 @@ class WarpAttention {
         }
       }
     }
+    if constexpr (T::kAlibi) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const QueryRow row(p_, c / 2 * 8 + 2 * j + c % 2);
+        slope_log2_[c] = kLog2e * alibi_slope(head * p_.group_size + row.head, p_.num_qo_heads);
+      }
+    }
   }
 
   /// Starts the request and head whose query rows were loaded: forgets the last one's sums.
   FI_PREFETCH_DEVICE void start() {
-    // Registers of their own, so that the products of the loop wait for no load: in those that the loads write, every
-    // tile's first product waited for the page number on its way too (one scoreboard: half of a call's stalls, H100).
+    // Registers other than the loads', so that the products of the loop wait for no load: in those that the loads
+    // write, every tile's first product waited for the page number on its way too (one scoreboard: half of a call's
+    // stalls, H100).
 #pragma unroll
     for (int n = 0; n < T::kRowTiles; ++n) {
       const uint32_t mask = QueryRow(p_, n * 8 + lane_index() / 4).valid ? 0xffffffffu : 0;
@@ -104,7 +133,11 @@ class WarpAttention {
         for (int k = 0; k < 4; ++k) query_[n][2 * i + k / 2][k % 2] = x[k] & mask;
       }
     }
-    if constexpr (T::kScaledQuery) scale_query_to_half();
+    if constexpr (T::kRope) {
+      rotate_query();
+    } else if constexpr (T::kScaledQuery) {
+      scale_query_to_half();
+    }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       max_[c] = -INFINITY;
@@ -121,7 +154,11 @@ class WarpAttention {
   /// Takes in the tile whose rows lie at `k_tile` and `v_tile` in shared memory.
   FI_PREFETCH_DEVICE void add_tile(uint32_t k_tile, uint32_t v_tile, int32_t token, int32_t length) {
     float scores[T::kRowTiles][4];
-    multiply_k(k_tile, scores);
+    if constexpr (T::kRope) {
+      multiply_rotated_k(k_tile, token - (length - p_.q_len), scores);
+    } else {
+      multiply_k(k_tile, scores);
+    }
     scale_and_mask(scores, token, length);
     uint32_t probabilities[T::kRowTiles][2];
     update_softmax(scores, probabilities);
@@ -210,6 +247,70 @@ class WarpAttention {
     }
   }
 
+  /// How far a token turns each of the lane's pairs of dimensions. The host's numbers are doubles: a million tokens on,
+  /// an error in the last place of a float would be several per cent of a turn.
+  FI_PREFETCH_DEVICE void set_turns() {
+    constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: a sum with it has its integer part in the low bits
+    const uint32_t j = lane_index() % 4;
+    const double r1 = p_.rope_ratio, r2 = r1 * r1, r4 = r2 * r2, r8 = r4 * r4;
+    const double to_lane = T::kFp8 ? r4 : r2, to_second = T::kFp8 ? r2 : r8;
+    double turns = p_.rope_turns * (j % 2 == 1 ? to_lane : 1.0) * (j / 2 == 1 ? to_lane * to_lane : 1.0);
+#pragma unroll
+    for (int k = 0; k < kProducts / 2; ++k) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const double first = i == 0 ? turns : turns * to_second;
+        turns_[k][i][0] = __double2loint(first * 4294967296.0 + kMagic);
+        turns_[k][i][1] = __double2loint(first * r1 * 4294967296.0 + kMagic);
+      }
+      turns *= r8 * r8;
+    }
+  }
+
+  /// Scores of a query row that was multiplied with a power of two are scaled back: by 2^(exponent - 127).
+  FI_PREFETCH_DEVICE void set_score_scale(int n, uint32_t exponent) {
+    const float inverse = __uint_as_float(exponent << 23) * (T::kSoftCap ? p_.inverse_cap : p_.scale_log2);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      score_scale_[n * 2 + e] = __shfl_sync(kFullWarp, inverse, (lane_index() % 4 * 2 + e) * 4);
+    }
+  }
+
+  /// Queries turned by their positions, as halves scaled as in scale_query_to_half(); they round as tf32 numbers would.
+  /// Only distances count, so positions are taken from the request's first query token on: that one stays what it is.
+  FI_PREFETCH_DEVICE void rotate_query() {
+    using Q = typename T::Q;
+    constexpr uint32_t kTop = 13;  // a turn may make a number sqrt(2) times greater
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n) {
+      float greatest = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kProducts; ++k)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float2 x = unpack<Q>(query_[n][k][i]);
+          greatest = fmaxf(greatest, fmaxf(fabsf(x.x), fabsf(x.y)));
+        }
+      greatest = fmaxf(greatest, __shfl_xor_sync(kFullWarp, greatest, 1));
+      greatest = fmaxf(greatest, __shfl_xor_sync(kFullWarp, greatest, 2));
+      const uint32_t exponent = max(__float_as_uint(greatest) >> 23, kTop + 1);  // biased by 127
+      const float factor = __uint_as_float((254 + kTop - exponent) << 23);
+      const uint32_t position = QueryRow(p_, n * 8 + lane_index() / 4).token;
+#pragma unroll
+      for (int k = 0; k < kProducts / 2; ++k)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t &low = query_[n][k][i], &high = query_[n][k + kProducts / 2][i];
+          float2 x = unpack<Q>(low), y = unpack<Q>(high);
+          rotate(x.x, y.x, position * turns_[k][i][0]);
+          rotate(x.y, y.y, position * turns_[k][i][1]);
+          low = pack<__half>(x.x * factor, x.y * factor);
+          high = pack<__half>(y.x * factor, y.y * factor);
+        }
+      set_score_scale(n, exponent - kTop);
+    }
+  }
+
   /// Queries in bf16 as halves, without loss: each row times the power of two that takes its greatest element to
   /// [2^14, 2^15). What is 2^-28 times smaller loses bits, 2^-39 of the greatest at most. Scores are scaled back by
   /// score_scale_.
@@ -236,11 +337,7 @@ class WarpAttention {
           query_[n][k][i] =
               pack<__half>(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000) * factor);
         }
-      const float inverse = __uint_as_float((exponent - kTop) << 23) * (T::kSoftCap ? p_.inverse_cap : p_.scale_log2);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        score_scale_[n * 2 + e] = __shfl_sync(kFullWarp, inverse, (lane_index() % 4 * 2 + e) * 4);
-      }
+      set_score_scale(n, exponent - kTop);
     }
   }
 
@@ -288,6 +385,61 @@ class WarpAttention {
       for (int i = 0; i < 4; ++i) scores[n][i] = even[n][i] + odd[n][i];
   }
 
+  /// The same with the keys turned by their positions, of which the tile's first token has `position`: negative, as
+  /// rotate_query() counts them, but for the newest tokens. A pair of dimensions is in two products' fragments, at the
+  /// same place of a lane. Rounded to bf16 again the keys would lose what FlashInfer's CUDA-core kernel keeps, so they
+  /// go on as tf32 numbers: eight times as fine as bf16, as wide as float. A fragment of theirs has half as many
+  /// columns and may have them in any order, so two neighbours in a lane are columns j and j + 4.
+  FI_PREFETCH_DEVICE void multiply_rotated_k(uint32_t k_tile, int32_t position,
+                                             float (&scores)[T::kRowTiles][4]) const {
+    constexpr int kParts = T::kFp8 ? 2 : 1;  // products' worth of dimensions in a pair of chunks
+    float low_sum[T::kRowTiles][4], high_sum[T::kRowTiles][4];
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) low_sum[n][i] = high_sum[n][i] = 0.0f;
+    const uint32_t row_address = k_tile + matrix_offset_;
+    const uint32_t own_position = position + lane_index() / 4;
+#pragma unroll
+    for (int pair = 0; pair < T::kRowChunks / 4; ++pair) {
+      uint32_t low[4], high[4];
+      ptx::load_matrix_x4(low, row_address ^ (pair << 5));
+      ptx::load_matrix_x4(high, row_address ^ ((pair + T::kRowChunks / 4) << 5));
+#pragma unroll
+      for (int half = 0; half < 2 * kParts; ++half) {
+        const int k = pair * kParts + half / 2, i = half % 2;
+        uint32_t a[4], b[4];
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {  // tokens p and p + 8
+          float2 x = unpack_k(low, half, t), y = unpack_k(high, half, t);
+          rotate(x.x, y.x, (own_position + 8 * t) * turns_[k][i][0]);
+          rotate(x.y, y.y, (own_position + 8 * t) * turns_[k][i][1]);
+          a[t] = ptx::round_to_tf32(x.x), a[2 + t] = ptx::round_to_tf32(x.y);
+          b[t] = ptx::round_to_tf32(y.x), b[2 + t] = ptx::round_to_tf32(y.y);
+        }
+#pragma unroll
+        for (int n = 0; n < T::kRowTiles; ++n) {
+          const float2 x = unpack<__half>(query_[n][k][i]), y = unpack<__half>(query_[n][k + kProducts / 2][i]);
+          ptx::multiply_add_tf32(low_sum[n], a, __float_as_uint(x.x), __float_as_uint(x.y));
+          ptx::multiply_add_tf32(high_sum[n], b, __float_as_uint(y.x), __float_as_uint(y.y));
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[n][i] = low_sum[n][i] + high_sum[n][i];
+  }
+
+  /// Two neighbouring dimensions of K from a pair of chunks, of token p + 8 t: the lane's `half`-th two of that token.
+  FI_PREFETCH_DEVICE static float2 unpack_k(const uint32_t (&r)[4], int half, int t) {
+    if constexpr (T::kFp8) {
+      return unpack<__half>(widen<typename T::Kv>(r[half / 2 * 2 + t] >> 16 * (half % 2) & 0xffff));
+    } else {
+      return unpack<typename T::Kv>(r[2 * half + t]);
+    }
+  }
+
   /// Scores in base-2 exponent units; -inf where a query row must not look.
   FI_PREFETCH_DEVICE void scale_and_mask(float (&scores)[T::kRowTiles][4], int32_t token, int32_t length) const {
 #pragma unroll
@@ -297,6 +449,17 @@ class WarpAttention {
         scores[n][i] *= score_scale(n * 2 + i % 2);
         if (T::kSoftCap) scores[n][i] = p_.scale_log2 * tanhf(scores[n][i]);
       }
+    if constexpr (T::kAlibi) {
+      const int32_t first = token + lane_index() / 4;
+#pragma unroll
+      for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          // FlashInfer's distance: from the query's number in its request, not from its position. LSE shows it.
+          const int32_t distance = first + i / 2 * 8 - QueryRow(p_, n * 8 + lane_index() % 4 * 2 + i % 2).token;
+          scores[n][i] += slope_log2_[n * 2 + i % 2] * distance;
+        }
+    }
     // Inside a request every row sees every token.
     const bool at_end = token + kTileTokens > length - (p_.q_len - 1);
     const bool at_window = T::kWindow && token < length - 1 - p_.window_left;
@@ -406,8 +569,10 @@ class WarpAttention {
   uint4 loaded_query_[T::kRowTiles][kProducts / 2];
   uint32_t query_[T::kRowTiles][kProducts][2];
   float score_scale_[T::kScaledQuery ? kColumns : 1];
-  float max_[kColumns];  // greatest score so far, in base-2 exponent units
-  float sum_[kColumns];  // this lane's share until finish()
+  uint32_t turns_[T::kRope ? kProducts / 2 : 1][2][2];  // a token's, in 2^-32: of the lane's dimensions as in query_
+  float slope_log2_[T::kAlibi ? kColumns : 1];          // ALiBi's, in base-2 exponent units
+  float max_[kColumns];                                 // greatest score so far, in base-2 exponent units
+  float sum_[kColumns];                                 // this lane's share until finish()
   float output_[kProducts][T::kRowTiles][4];
 };
 

@@ -33,6 +33,22 @@ FI_PREFETCH_DEVICE uint32_t pack<__half>(float low, float high) {
   return register_of(__floats2half2_rn(low, high));
 }
 
+/// The other way.
+template <typename T>
+FI_PREFETCH_DEVICE float2 unpack(uint32_t pair);
+
+template <>
+FI_PREFETCH_DEVICE float2 unpack<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+}
+
+template <>
+FI_PREFETCH_DEVICE float2 unpack<__half>(uint32_t pair) {
+  __half2 halves;
+  memcpy(&halves, &pair, sizeof halves);
+  return __half22float2(halves);
+}
+
 template <typename Fp8>
 struct Fp8Format;
 template <>

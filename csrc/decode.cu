@@ -1,8 +1,8 @@
 // The entry points: FlashInfer's `plan`, `workspace_size` and `run` of a batch-decode module, and `prefetch_kv`.
 //
-// One compilation serves one choice of element types, head_dim, sliding window and soft cap; fi_prefetch/jit.py sets
-// the FI_PREFETCH_* macros. Everything is checked here that memory safety hangs on, whatever the Python side did
-// before.
+// One compilation serves one choice of element types, head_dim, sliding window, soft cap and position encoding;
+// fi_prefetch/jit.py sets the FI_PREFETCH_* macros. Everything is checked here that memory safety hangs on, whatever
+// the Python side did before.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/dtype.h>
@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <string>
 
@@ -28,6 +29,7 @@ using tvm::ffi::TensorView;
 
 constexpr bool kWindow = FI_PREFETCH_SLIDING_WINDOW;
 constexpr bool kSoftCap = FI_PREFETCH_SOFT_CAP;
+constexpr Position kPosition = Position{FI_PREFETCH_POSITION};
 
 /// About 24 KB of ring a warp: eight warps then keep up to 128 KB on the way, four times what an H200's SM needs to
 /// read at its share of HBM (34 GB/s at 1 us). Never below three, so that two tiles fly while one is computed on.
@@ -38,7 +40,7 @@ constexpr int stage_count() {
 
 template <int ROW_TILES>
 using Traits = DecodeTraits<FI_PREFETCH_DTYPE_Q, FI_PREFETCH_DTYPE_KV, FI_PREFETCH_DTYPE_O, FI_PREFETCH_HEAD_DIM,
-                            ROW_TILES, stage_count(), kWindow, kSoftCap>;
+                            ROW_TILES, stage_count(), kWindow, kSoftCap, kPosition>;
 using AnyTraits = Traits<1>;
 
 /// Query rows of a kv head. Their sums fill the registers: 32 rows of 128 dimensions already spill (192 bytes).
@@ -348,7 +350,8 @@ void launch(const Launch& l, int device, const Params&... params) {
 void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, TensorView q, TensorView k, TensorView v,
          TensorView indptr, TensorView indices, TensorView last_page_len, TensorView o, Optional<TensorView> maybe_lse,
          int64_t kv_layout_code, int64_t window_left, bool enable_pdl, Optional<TensorView> maybe_sinks,
-         double logits_soft_cap, double sm_scale, double v_scale, int64_t q_len, Array<int64_t> prefetch) {
+         double logits_soft_cap, double sm_scale, double v_scale, double rope_scale, double rope_theta, int64_t q_len,
+         Array<int64_t> prefetch) {
   DecodeParams p{};
   set_cache(p, k, v, indptr, indices, last_page_len, kv_layout_code);
   const DLDevice device = k.device();
@@ -406,6 +409,14 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
     p.scale_log2 = kLog2e * sm_scale;
   }
   p.v_scale = v_scale;
+  if constexpr (kPosition == Position::kRope) {
+    // The kernel takes a token's turn as a number with 20 bits before the point, which this is far from.
+    FI_PREFETCH_CHECK(rope_scale >= 1e-3 && rope_scale <= 1e6 && rope_theta >= 1 && rope_theta <= 1e12, ValueError)
+        << "rope_scale, rope_theta: expected 0.001 to 1e6 and 1 to 1e12, got " << rope_scale << " and " << rope_theta;
+    constexpr double kPi = 3.141592653589793;
+    p.rope_turns = 1 / (2 * kPi * rope_scale);
+    p.rope_ratio = std::pow(rope_theta, -2.0 / FI_PREFETCH_HEAD_DIM);
+  }
 
   FI_PREFETCH_CHECK(prefetch.size() == 5, ValueError)
       << "prefetch: expected [run_ahead, prologue, early_load, ready, stream], got " << prefetch.size() << " numbers";

@@ -177,6 +177,24 @@ FI_PREFETCH_DEVICE void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/// A float as tf32: the nearest number with ten bits after the point (cvt.rna, section 9.7.9.21).
+FI_PREFETCH_DEVICE uint32_t round_to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+/// d += a b with a 16x8 (row), b 8x8 (column) of tf32 numbers, float accumulators (mma.m16n8k8).
+/// a: rows l/4 and l/4+8 of column l%4 (a0, a1) and of column l%4+4 (a2, a3). b: rows l%4 and l%4+4 of column l/4.
+/// d: as above.
+FI_PREFETCH_DEVICE void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // ---- order: atom with semantics and scope, section 9.7.13.7 --------------------------------------------------------
 
 /// Adds to a counter in global memory and returns what it was before. Releases what this thread, and through a block
@@ -200,6 +218,18 @@ FI_PREFETCH_DEVICE float exp2_fast(float x) {
 FI_PREFETCH_DEVICE float log2_fast(float x) {
   float y;
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Sine and cosine of an angle in [-pi, pi], absolute error 2^-20.5 (sin.approx, cos.approx, sections 9.7.3.18, 19).
+FI_PREFETCH_DEVICE float sin_fast(float x) {
+  float y;
+  asm("sin.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FI_PREFETCH_DEVICE float cos_fast(float x) {
+  float y;
+  asm("cos.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -11,10 +11,14 @@
 
 namespace fi_prefetch {
 
+/// How positions enter the scores, as FlashInfer's PosEncodingMode. kRope: queries and keys lie unrotated in memory and
+/// are turned by their positions, element i with element i + HEAD_DIM / 2. kAlibi: a bias that falls with the distance.
+enum class Position : int { kNone = 0, kRope = 1, kAlibi = 2 };
+
 /// Q, Kv, O: element types in memory. ROW_TILES: query rows of a kv head (group_size * q_len) in units of 8, the N of
-/// the tensor cores' product. WINDOW and SOFT_CAP leave their arithmetic out where a model has neither.
+/// the tensor cores' product. WINDOW, SOFT_CAP and POSITION leave their arithmetic out where a model has none.
 template <typename Q_, typename Kv_, typename O_, int HEAD_DIM_, int ROW_TILES_, int STAGES_, bool WINDOW_,
-          bool SOFT_CAP_>
+          bool SOFT_CAP_, Position POSITION_ = Position::kNone>
 struct DecodeTraits {
   using Q = Q_;
   using Kv = Kv_;
@@ -24,13 +28,16 @@ struct DecodeTraits {
   static constexpr int kStages = STAGES_;
   static constexpr bool kWindow = WINDOW_;
   static constexpr bool kSoftCap = SOFT_CAP_;
+  static constexpr bool kRope = POSITION_ == Position::kRope;
+  static constexpr bool kAlibi = POSITION_ == Position::kAlibi;
 
   static constexpr bool kFp8 = sizeof(Kv) == 1;
   /// The types of the products. fp8 becomes half, which holds every e4m3 and e5m2 number and keeps three more bits of P
-  /// than bf16; queries that come in bf16, whose range is wider, are scaled to it row by row.
+  /// than bf16; queries that come in bf16, whose range is wider, are scaled to it row by row. With kRope the first
+  /// product is one of tf32 numbers, see WarpAttention::multiply_rotated_k.
   using QK = typename std::conditional<kFp8, __half, Q>::type;
   using PV = QK;
-  static constexpr bool kScaledQuery = kFp8 && !std::is_same<Q, __half>::value;
+  static constexpr bool kScaledQuery = kRope || (kFp8 && !std::is_same<Q, __half>::value);
 
   static constexpr int kRowBytes = kHeadDim * sizeof(Kv);     // of one token of one kv head
   static constexpr int kTileBytes = kTileTokens * kRowBytes;  // of K or of V
@@ -43,6 +50,7 @@ struct DecodeTraits {
   static constexpr int kPartialStride = kHeadDim + 4;
 
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256, "head_dim");
+  static_assert(!kAlibi || !kSoftCap, "FlashInfer scales ALiBi's logits twice under a soft cap: its kernel's to do");
   static_assert(kStages >= 2, "a ring needs a stage to read and a stage to fill");
 };
 

@@ -595,8 +595,12 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
 
         k, v = self._check_run(decision.spec, q, paged_kv_cache, window_left, q_len_per_req, sinks)
         logit_scale, reason = self._logit_scale(q_scale, k_scale)
+        rope_scale = 1.0 if self._rope_scale is None else self._rope_scale
+        rope_theta = 1e4 if self._rope_theta is None else self._rope_theta
         if reason is None and decision.module is not None:
             reason = dispatch.query_obstacle(q) or dispatch.cache_obstacle(k, v)
+            if decision.spec.pos_encoding_mode == "ROPE_LLAMA":
+                reason = reason or dispatch.rope_obstacle(rope_scale, rope_theta)
         if reason is not None:
             return self._run_with_flashinfer(reason, decision.spec, q, paged_kv_cache, **passed)
 
@@ -615,9 +619,10 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         table = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
         if decision.spec.batch_size:
             v_factor = 1.0 if v_number is None else v_number
-            call = Call(q, k, v, *table, out, lse, self._kv_layout, logit_scale, v_factor, sinks)
+            scales = (logit_scale, v_factor, sinks, rope_scale, rope_theta)
+            call = Call(q, k, v, *table, out, lse, self._kv_layout, *scales)
             if decision.module is None:
-                run_reference(decision, call, self._rope_scale, self._rope_theta)
+                run_reference(decision, call)
             else:
                 pdl = device_support_pdl(self.device) and (enable_pdl is None or bool(enable_pdl))
                 codes = self._prefetch_codes.get(pdl)

@@ -58,7 +58,13 @@ class DecodeSpec(NamedTuple):
     def variant(self) -> Variant:
         """The compiled module that serves this."""
         return Variant(
-            self.dtype_q, self.dtype_kv, self.dtype_o, self.head_dim, self.window_left >= 0, self.logits_soft_cap > 0
+            self.dtype_q,
+            self.dtype_kv,
+            self.dtype_o,
+            self.head_dim,
+            self.window_left >= 0,
+            self.logits_soft_cap > 0,
+            self.pos_encoding_mode,
         )
 
 
@@ -112,8 +118,9 @@ def _obstacle(spec: DecodeSpec, facts: GpuFacts) -> str | None:
             f"{spec.group_size} query heads a kv head times {spec.q_len_per_req} query tokens a request are {rows} "
             f"rows, more than {MAX_QUERY_ROWS}"
         )
-    if spec.pos_encoding_mode != "NONE":
-        return f"pos_encoding_mode={spec.pos_encoding_mode!r}"
+    if spec.pos_encoding_mode == "ALIBI" and spec.logits_soft_cap > 0:
+        # FlashInfer's kernel multiplies the logits with sm_scale twice here; whoever asks for it gets that.
+        return f"pos_encoding_mode='ALIBI' with logits_soft_cap={spec.logits_soft_cap}"
     return _unusual_mask_or_split(spec)
 
 
@@ -150,6 +157,13 @@ def check_workspace(choice: KernelChoice, partial_bytes: int, workspace_bytes: i
         "flashinfer",
         f"the float workspace holds {workspace_bytes} bytes, the partial results need {partial_bytes}",
     )
+
+
+def rope_obstacle(rope_scale: float, rope_theta: float) -> str | None:
+    """Why our kernel cannot take these rotary frequencies; None where it can. The limits are decode.cu's."""
+    if 1e-3 <= rope_scale <= 1e6 and 1 <= rope_theta <= 1e12:
+        return None
+    return f"rope_scale={rope_scale} and rope_theta={rope_theta} are not within 0.001 to 1e6 and 1 to 1e12"
 
 
 def query_obstacle(q: torch.Tensor) -> str | None:

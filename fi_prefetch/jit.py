@@ -43,6 +43,8 @@ _CUDA_TYPES = {
     torch.float8_e5m2: "__nv_fp8_e5m2",
 }
 HEAD_DIMS = (64, 128, 256)
+# FlashInfer's pos_encoding_mode, and csrc/traits.cuh's Position.
+POSITIONS = {"NONE": 0, "ROPE_LLAMA": 1, "ALIBI": 2}
 # A compiler's messages end with what stopped it; the log has all of them.
 _ERROR_TAIL = 500
 
@@ -59,6 +61,7 @@ class Variant(NamedTuple):
         dtype_kv: as dtype_q, or torch.float8_e4m3fn or torch.float8_e5m2.
         head_dim: 64, 128 or 256.
         sliding_window, soft_cap: whether the kernel has that feature compiled in.
+        position: "NONE", "ROPE_LLAMA" or "ALIBI": how the kernel encodes positions.
     """
 
     dtype_q: torch.dtype
@@ -67,12 +70,15 @@ class Variant(NamedTuple):
     head_dim: int
     sliding_window: bool
     soft_cap: bool
+    position: str = "NONE"
 
     @property
     def name(self) -> str:
+        position = "" if self.position == "NONE" else f"_{self.position.lower()}"
         return (
             f"fi_prefetch_batch_decode_q_{DTYPE_NAMES[self.dtype_q]}_kv_{DTYPE_NAMES[self.dtype_kv]}"
             f"_o_{DTYPE_NAMES[self.dtype_o]}_hd{self.head_dim}_swa{int(self.sliding_window)}_cap{int(self.soft_cap)}"
+            f"{position}"
         )
 
     def macros(self) -> list[str]:
@@ -84,6 +90,7 @@ class Variant(NamedTuple):
             f"-DFI_PREFETCH_HEAD_DIM={self.head_dim}",
             f"-DFI_PREFETCH_SLIDING_WINDOW={int(self.sliding_window)}",
             f"-DFI_PREFETCH_SOFT_CAP={int(self.soft_cap)}",
+            f"-DFI_PREFETCH_POSITION={POSITIONS[self.position]}",
         ]
 
 
@@ -92,12 +99,13 @@ def all_variants() -> list[Variant]:
     floats = (torch.bfloat16, torch.float16)
     float8s = (torch.float8_e4m3fn, torch.float8_e5m2)
     return [
-        Variant(dtype_q, dtype_kv, dtype_o, head_dim, sliding_window, soft_cap)
+        Variant(dtype_q, dtype_kv, dtype_o, head_dim, sliding_window, soft_cap, position)
         for dtype_q in floats
         for dtype_kv in (dtype_q, *float8s)
-        for dtype_o, head_dim, sliding_window, soft_cap in itertools.product(
-            floats, HEAD_DIMS, (False, True), (False, True)
+        for dtype_o, head_dim, sliding_window, soft_cap, position in itertools.product(
+            floats, HEAD_DIMS, (False, True), (False, True), POSITIONS
         )
+        if not (position == "ALIBI" and soft_cap)
     ]
 
 

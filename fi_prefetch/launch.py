@@ -23,6 +23,7 @@ class Call:
         out: as q, in the output dtype; lse: float32 [rows, num_qo_heads] or None. Both are written.
         sm_scale: multiplies Q K^T, the scales of q and k among it; v_scale: multiplies the output.
         sinks: [num_qo_heads] or None.
+        rope_scale, rope_theta: read where the plan has rotary positions.
     """
 
     q: torch.Tensor
@@ -37,6 +38,8 @@ class Call:
     sm_scale: float
     v_scale: float
     sinks: torch.Tensor | None
+    rope_scale: float
+    rope_theta: float
 
 
 def run_kernel(
@@ -70,12 +73,14 @@ def run_kernel(
             spec.logits_soft_cap,
             call.sm_scale,
             call.v_scale,
+            call.rope_scale,
+            call.rope_theta,
             spec.q_len_per_req,
             prefetch,
         )
 
 
-def run_reference(decision: Decision, call: Call, rope_scale: float | None, rope_theta: float | None) -> None:
+def run_reference(decision: Decision, call: Call) -> None:
     """The reference."""
     spec = decision.spec
     out, lse = reference.batch_decode(
@@ -93,8 +98,8 @@ def run_reference(decision: Decision, call: Call, rope_scale: float | None, rope
         q_len_per_req=spec.q_len_per_req,
         sinks=call.sinks,
         pos_encoding_mode=spec.pos_encoding_mode,
-        rope_scale=1.0 if rope_scale is None else rope_scale,
-        rope_theta=1e4 if rope_theta is None else rope_theta,
+        rope_scale=call.rope_scale,
+        rope_theta=call.rope_theta,
         out_dtype=call.out.dtype,
     )
     call.out.copy_(out)

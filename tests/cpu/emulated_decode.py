@@ -21,7 +21,8 @@ SOURCE = r"""
 #include "prefetch_kv.cuh"
 using namespace fi_prefetch;
 using T =
-    DecodeTraits<TEST_Q, TEST_KV, TEST_O, TEST_HEAD_DIM, TEST_ROW_TILES, TEST_STAGES, TEST_WINDOW, TEST_SOFT_CAP>;
+    DecodeTraits<TEST_Q, TEST_KV, TEST_O, TEST_HEAD_DIM, TEST_ROW_TILES, TEST_STAGES, TEST_WINDOW, TEST_SOFT_CAP,
+                 Position{TEST_POSITION}>;
 
 static KvTensor tensor(const uint8_t* data, const int64_t* strides) {
   return {data, uint32_t(strides[0]), uint32_t(strides[1]), uint32_t(strides[2])};
@@ -41,7 +42,7 @@ static DecodeParams params(const void* q, void* o, float* lse, const float* sink
   p.group_inverse = 65536 / p.group_size + 1;
   p.q_len = n[17];
   p.window_left = n[18]; p.min_tiles_per_warp = n[19]; p.dependent_launch = n[25];
-  p.scale_log2 = x[0]; p.inverse_cap = x[1]; p.v_scale = x[2];
+  p.scale_log2 = x[0]; p.inverse_cap = x[1]; p.v_scale = x[2]; p.rope_turns = x[3]; p.rope_ratio = x[4];
   p.partials = partials; p.counters = counters;
   p.levers = {int32_t(n[20]), int32_t(n[21]), int32_t(n[22]), int32_t(n[23]), int32_t(n[24])};
   return p;
@@ -95,6 +96,9 @@ class Problem:
     sm_scale: float | None = None
     v_scale: float = 1.0
     sinks: torch.Tensor | None = None
+    position: str = "NONE"
+    rope_scale: float = 1.0
+    rope_theta: float = 1e4
     o_dtype: torch.dtype | None = None
     levers: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)  # run_ahead, prologue, early_load, ready, stream
     dependent_launch: bool = True
@@ -126,6 +130,7 @@ def library(problem: Problem):
             "TEST_STAGES": problem.stages or stage_count(head_dim, problem.k.dtype),
             "TEST_WINDOW": int(problem.window_left >= 0),
             "TEST_SOFT_CAP": int(problem.soft_cap > 0),
+            "TEST_POSITION": ("NONE", "ROPE_LLAMA", "ALIBI").index(problem.position),
         },
     )
 
@@ -170,7 +175,8 @@ def arguments(problem: Problem):
     )  # fmt: skip
     sm_scale = p.sm_scale if p.sm_scale is not None else p.q.shape[2] ** -0.5
     scale, inverse_cap = (LOG2E * p.soft_cap, sm_scale / p.soft_cap) if p.soft_cap > 0 else (LOG2E * sm_scale, 0.0)
-    x = np.array([scale, inverse_cap, p.v_scale], dtype=np.float64)
+    rope = [1 / (2 * math.pi * p.rope_scale), p.rope_theta ** (-2 / p.q.shape[2])]
+    x = np.array([scale, inverse_cap, p.v_scale, *rope], dtype=np.float64)
     sinks = None if p.sinks is None else p.sinks.numpy()
     table = [p.indptr.numpy(), p.indices.numpy(), p.last_page_len.numpy()]
     memory = [storage(p.q), o_buffer.view(torch.uint8).numpy(), lse_buffer.numpy(), storage(p.k), storage(p.v)]
@@ -205,6 +211,22 @@ def prefetch_kv(problem: Problem, tiles: int, evict_last: bool = True, own_block
     return emulator.prefetches(lib)
 
 
+def rotated(x: torch.Tensor, positions: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """[token, head, dimension] as complex numbers, i and i + half of a row, each times e^(i angle)."""
+    half = x.shape[2] // 2
+    frequencies = problem.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half) / problem.rope_scale
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * positions[:, None, None] * frequencies)
+    return torch.cat([turned.real, turned.imag], dim=2)
+
+
+def alibi_slopes(heads: int) -> torch.Tensor:
+    """As published: of the greatest power of two of heads, then every other one of twice as many."""
+    power = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    slopes += [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power, 2)][: heads - power]
+    return torch.tensor(slopes, dtype=torch.float64)
+
+
 def reference(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in float64, request by request, written from the definition."""
     p = problem
@@ -222,13 +244,20 @@ def reference(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         length = (len(pages) - 1) * p.k.shape[1] + int(p.last_page_len[r])
         k = p.k[pages].double().flatten(0, 1)[:length].repeat_interleave(group, dim=1)
         v = p.v[pages].double().flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+        if p.position == "ROPE_LLAMA":
+            k = rotated(k, torch.arange(length), p)
         for i in range(p.q_len):
             row = r * p.q_len + i
             position = length - p.q_len + i
-            scores = torch.einsum("hd,thd->ht", p.q[row].double(), k) * sm_scale
+            t = torch.arange(length)
+            query = p.q[row].double()
+            if p.position == "ROPE_LLAMA":
+                query = rotated(query[None], torch.tensor([position]), p)[0]
+            scores = torch.einsum("hd,thd->ht", query, k) * sm_scale
+            if p.position == "ALIBI":  # FlashInfer's distance is from the number of the query token
+                scores += alibi_slopes(heads)[:, None] * (t - i)
             if p.soft_cap > 0:
                 scores = p.soft_cap * torch.tanh(scores / p.soft_cap)
-            t = torch.arange(length)
             visible = t <= position
             if p.window_left >= 0:
                 visible &= t >= position - p.window_left

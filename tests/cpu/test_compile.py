@@ -39,7 +39,8 @@ class Case(NamedTuple):
 
 
 def case(architecture: str, q: torch.dtype, kv: torch.dtype, o: torch.dtype, head_dim: int, *features: str) -> Any:
-    found = Case(architecture, jit.Variant(q, kv, o, head_dim, "window" in features, "cap" in features))
+    position = next((mode for mode in ("ROPE_LLAMA", "ALIBI") if mode in features), "NONE")
+    found = Case(architecture, jit.Variant(q, kv, o, head_dim, "window" in features, "cap" in features, position))
     # Under xdist the tests of one library stay together, so that one process compiles it.
     return pytest.param(found, id=found.id, marks=pytest.mark.xdist_group(found.id))
 
@@ -65,15 +66,32 @@ CASES = [
     case("8.9", BF16, E5M2, BF16, 256, "cap"),
     case("9.0a", F16, E4M3, F16, 256, "window", "cap"),
     case("9.0a", F16, E5M2, BF16, 256, "window"),
+    # Rotary positions with every head_dim on Hopper, and on every architecture; ALiBi where registers are scarcest.
+    case("9.0a", BF16, BF16, BF16, 64, "ROPE_LLAMA", "window", "cap"),
+    case("9.0a", BF16, BF16, BF16, 128, "ROPE_LLAMA"),
+    case("9.0a", BF16, E4M3, BF16, 128, "ROPE_LLAMA", "window"),
+    case("9.0a", F16, E5M2, F16, 256, "ROPE_LLAMA"),
+    case("8.0", BF16, E4M3, BF16, 256, "ROPE_LLAMA", "window"),
+    case("8.9", F16, F16, F16, 128, "ROPE_LLAMA", "cap"),
+    case("10.0a", BF16, BF16, BF16, 256, "ROPE_LLAMA", "cap"),
+    case("12.0a", BF16, E5M2, BF16, 128, "ROPE_LLAMA", "window", "cap"),
+    case("8.0", BF16, BF16, BF16, 256, "ALIBI"),
+    case("8.9", BF16, E4M3, BF16, 128, "ALIBI", "window"),
+    case("9.0a", BF16, BF16, BF16, 128, "ALIBI", "window"),
+    case("9.0a", F16, E4M3, F16, 256, "ALIBI"),
+    case("10.0a", F16, F16, F16, 128, "ALIBI"),
+    case("12.0a", BF16, BF16, BF16, 64, "ALIBI"),
 ]
 every_case = pytest.mark.parametrize("case", CASES)
 
-# The traits in a mangled name: head_dim, row tiles (of 8 query rows), stages, window, soft cap.
-_TRAITS = re.compile(r"(decode|prefetch_kv)_kernelINS_12DecodeTraitsI.+?Li(\d+)ELi(\d+)ELi(\d+)ELb([01])ELb([01])E")
+# The traits in a mangled name: head_dim, row tiles (of 8 query rows), stages, window, soft cap, position.
+_TRAITS = re.compile(
+    r"(decode|prefetch_kv)_kernelINS_12DecodeTraitsI.+?Li(\d+)ELi(\d+)ELi(\d+)ELb([01])ELb([01])ELNS_8PositionE(\d)E"
+)
 ROW_TILES = (1, 2)
 # 256 dimensions of 16 rows are 128 registers of sums a lane: the only decode kernel that may spill, and by this many
 # bytes, by the bytes of a KV element.
-MAX_SPILLED_BYTES = {1: 400, 2: 352}
+MAX_SPILLED_BYTES = {1: 416, 2: 384}
 # The window kernel keeps two registers in memory on one architecture.
 MAX_SPILLED_BYTES_OF_WINDOW = {"10.0a": 8}
 
@@ -100,10 +118,10 @@ def compiled(case: Case) -> Compiled:
     for (architecture, name), kernel in kernels(spec.get_library_path()).items():
         traits = _TRAITS.search(name)
         assert traits, name
-        head_dim, row_tiles, _, sliding_window, soft_cap = map(int, traits.groups()[1:])
+        head_dim, row_tiles, _, sliding_window, soft_cap, position = map(int, traits.groups()[1:])
         assert architecture == f"sm_{case.architecture.replace('.', '')}"
-        wanted = (case.variant.head_dim, case.variant.sliding_window, case.variant.soft_cap)
-        assert (head_dim, sliding_window, soft_cap) == wanted, name
+        assert (head_dim, sliding_window, soft_cap) == case.variant[3:6], name
+        assert position == jit.POSITIONS[case.variant.position], name
         if traits[1] == "decode":
             decode[row_tiles] = kernel
         else:
@@ -134,6 +152,10 @@ def test_the_cases_are_representative():
     for head_dim in head_dims:
         of_head_dim = [c.variant for c in cases if c.variant.head_dim == head_dim]
         assert {(variant.sliding_window, variant.soft_cap) for variant in of_head_dim} == features
+    for mode in jit.POSITIONS:
+        of_mode = [c for c in cases if c.variant.position == mode]
+        assert {c.architecture for c in of_mode} == architectures
+        assert {c.variant.head_dim for c in of_mode} == head_dims
 
 
 @every_case
@@ -175,11 +197,15 @@ def test_registers_and_spills(case):
 def test_instructions(case):
     found = compiled(case)
     hopper = case.compute >= 90
-    # Both products run in the query's type; in half for an fp8 cache, whatever the queries are.
+    # Both products run in the query's type; in half for an fp8 cache, whatever the queries are. That of rotated keys
+    # runs in tf32.
     product_type = case.variant.dtype_q if case.variant.dtype_kv.itemsize == 2 else F16
+    rotary = case.variant.position == "ROPE_LLAMA"
     for row_tiles, kernel in found.decode.items():
-        in_bf16 = kernel.count("HMMA", "BF16")
-        in_half = kernel.count("HMMA") - in_bf16
+        in_bf16, in_tf32 = kernel.count("HMMA", "BF16"), kernel.count("HMMA", "TF32")
+        in_half = kernel.count("HMMA") - in_bf16 - in_tf32
+        assert (in_tf32 > 0) == rotary
+        assert (kernel.count("MUFU", "SIN") > 0, kernel.count("MUFU", "COS") > 0) == (rotary, rotary)
         assert (in_bf16 > 0, in_half > 0) == (product_type == BF16, product_type == F16), "tensor cores"
         # For a tile, head_dim / 16 products of K and as many of V, for every 8 rows of queries; twice in the code for
         # a window's or a length's edge is more than that.
@@ -192,7 +218,8 @@ def test_instructions(case):
         assert (kernel.count("UBLKPF", "L2") > 0) == hopper, "prefetch of whole tiles into L2"
         assert (kernel.count("ACQBULK") > 0) == hopper, "the wait for the kernels before"
         assert (kernel.count("PREEXIT") > 0) == hopper, "the start of the kernels after"
-        assert kernel.count("FRND") == 0 and kernel.count("DADD") == kernel.count("DMUL") == 0, "no doubles"
+        doubles = sum(kernel.count(name) for name in ("DADD", "DMUL", "DFMA"))
+        assert kernel.count("FRND") == 0 and (doubles > 0) == rotary, "no doubles but for rotary frequencies"
     window = found.prefetch_kv
     assert window.count("CCTL", "PML2") > 0, "prefetch of lines that are to stay in L2"
     assert (window.count("ACQBULK") > 0) == hopper

@@ -27,6 +27,13 @@ SERVED = {
     "page_size 7": {"page_size": 7},
     "window": {"window_left": 4095},
     "soft cap": {"logits_soft_cap": 30.0},
+    "rotary positions": {"pos_encoding_mode": "ROPE_LLAMA"},
+    "rotary positions, soft cap and window": {
+        "pos_encoding_mode": "ROPE_LLAMA",
+        "logits_soft_cap": 30.0,
+        "window_left": 7,
+    },
+    "ALiBi": {"pos_encoding_mode": "ALIBI", "window_left": 7},
     "empty batch": {"batch_size": 0},
     "asked for by name": {"backend": "fi_prefetch"},
     "FlashInfer's way to say no fixed split": {"fixed_split_size": -1},
@@ -44,8 +51,7 @@ UNSERVED = {
     "head_dim 96": ({"head_dim": 96}, "head_dim 96"),
     "17 rows": ({"num_qo_heads": 17, "num_kv_heads": 1}, "17 rows"),
     "20 rows": ({"q_len_per_req": 5}, "20 rows"),
-    "rope": ({"pos_encoding_mode": "ROPE_LLAMA"}, "ROPE_LLAMA"),
-    "alibi": ({"pos_encoding_mode": "ALIBI"}, "ALIBI"),
+    "ALiBi under a soft cap": ({"pos_encoding_mode": "ALIBI", "logits_soft_cap": 30.0}, "'ALIBI' with logits_soft_cap"),
     "another backend": ({"backend": "fa2"}, "backend='fa2'"),
     "custom variant": ({"custom_variant": True}, "jit_args"),
     "fixed split": ({"fixed_split_size": 4}, "fixed_split_size=4"),
@@ -104,13 +110,27 @@ def test_every_variant_is_reachable():
     floats = (torch.bfloat16, torch.float16)
     reached = {
         LLAMA._replace(
-            dtype_q=dtype, dtype_kv=kv or dtype, dtype_o=out, head_dim=head_dim, window_left=window, logits_soft_cap=cap
+            dtype_q=dtype, dtype_kv=kv or dtype, dtype_o=out, head_dim=head_dim, window_left=window,
+            logits_soft_cap=cap, pos_encoding_mode=mode,
         ).variant()
-        for dtype, kv, out, head_dim, window, cap in itertools.product(
-            floats, (None, torch.float8_e4m3fn, torch.float8_e5m2), floats, (64, 128, 256), (-1, 0), (0.0, 30.0)
+        for dtype, kv, out, head_dim, window, cap, mode in itertools.product(
+            floats, (None, torch.float8_e4m3fn, torch.float8_e5m2), floats, (64, 128, 256), (-1, 0), (0.0, 30.0),
+            ("NONE", "ROPE_LLAMA", "ALIBI"),
         )
-    }
+        if (mode, cap) != ("ALIBI", 30.0)
+    }  # fmt: skip
     assert reached == set(jit.all_variants())
+
+
+@pytest.mark.parametrize(
+    ("scale", "theta", "served"),
+    [(1.0, 1e4, True), (1e-3, 1.0, True), (1e6, 1e12, True), (0.0, 1e4, False), (1.0, 0.5, False),
+     (-1.0, 1e4, False), (float("nan"), 1e4, False), (1.0, float("inf"), False)],
+)  # fmt: skip
+def test_rotary_frequencies(scale, theta, served):
+    reason = dispatch.rope_obstacle(scale, theta)
+    assert (reason is None) == served
+    assert served or f"rope_scale={scale} and rope_theta={theta}" in reason
 
 
 def test_workspace():

@@ -84,6 +84,80 @@ def test_scores_are_scaled_capped_and_sunk():
     assert_right(make_problem([300, 20, 7, 0], heads_q=4, heads_kv=2, sm_scale=-0.3))
 
 
+@pytest.mark.parametrize(
+    "dtype, kv_dtype, head_dim",
+    [(BF16, None, 64), (BF16, None, 128), (BF16, None, 256), (F16, None, 128), (BF16, E4M3, 64), (F16, E5M2, 128),
+     (BF16, E5M2, 256)],
+)  # fmt: skip
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_rotary_positions(dtype, kv_dtype, head_dim, q_len):
+    assert_right(
+        make_problem(
+            [300, 20, q_len, 77], heads_q=8, heads_kv=2, dtype=dtype,
+            kv_dtype=kv_dtype, head_dim=head_dim, page_size=4, q_len=q_len, position="ROPE_LLAMA", warps=3,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale, theta", [(1.0, 5e5), (8.0, 1e4), (0.001, 1e4), (1.0, 1.0), (1e6, 1e12)])
+def test_rotary_frequencies(scale, theta):
+    assert_right(
+        make_problem([300, 20, 7], heads_q=4, heads_kv=2, position="ROPE_LLAMA", rope_scale=scale, rope_theta=theta)
+    )
+
+
+def test_rotated_keys_keep_what_bf16_would_round_away():
+    """LSE is a sum of float32: its error is the scores'. Keys rounded to bf16 make it 2^-9 of a score or so."""
+    problem = make_problem([200, 57, 90], heads_q=8, heads_kv=2, position="ROPE_LLAMA")
+    _, lse, _ = emulated.run(problem)
+    assert (lse.double() - emulated.reference(problem)[1]).abs().max() < 8e-4
+
+
+def test_positions_of_long_requests():
+    """32K tokens, on few pages over and over: the oldest has as much weight as any."""
+    problem = make_problem([32768], heads_q=1, heads_kv=1, head_dim=64, page_size=1024, position="ROPE_LLAMA", warps=8)
+    problem.indices = problem.indices[:2].repeat(16)
+    _, lse, _ = emulated.run(problem)
+    assert (lse.double() - emulated.reference(problem)[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("position", ["ROPE_LLAMA", "ALIBI"])
+@pytest.mark.parametrize("window_left", [0, 15, 50])
+def test_positions_with_a_window_and_sinks(position, window_left):
+    sinks = torch.tensor([-1.0, 0.5, 3.0, 20.0])
+    assert_right(
+        make_problem(
+            [300, 20, 7, 101], heads_q=4, heads_kv=2, window_left=window_left, q_len=3, sinks=sinks, position=position
+        )
+    )
+
+
+def test_rotary_positions_under_a_soft_cap():
+    assert_right(make_problem([300, 20, 7, 0], heads_q=4, heads_kv=2, soft_cap=2.0, position="ROPE_LLAMA"))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, E4M3], ids=["kv=q", "e4m3"])
+@pytest.mark.parametrize("group", [1, 3, 8, 16])
+def test_alibi(group, kv_dtype):
+    """Heads that are a power of two and heads that are not."""
+    assert_right(
+        make_problem([5, 131, 0, 48], heads_q=2 * group, heads_kv=2, kv_dtype=kv_dtype, page_size=4, position="ALIBI")
+    )
+
+
+@pytest.mark.parametrize("q_len", [2, 8])
+def test_alibi_of_several_query_tokens(q_len):
+    assert_right(make_problem([300, 20, 8, 101], heads_q=4, heads_kv=2, q_len=q_len, position="ALIBI"))
+
+
+@pytest.mark.parametrize("position", ["ROPE_LLAMA", "ALIBI"])
+def test_huge_scores_of_positions_do_not_overflow(position):
+    problem = make_problem([200, 40], heads_q=4, heads_kv=2, position=position, q_len=2)
+    problem.k *= 1e30
+    problem.q *= 1e-30
+    assert_right(problem)
+
+
 def test_huge_scores_do_not_overflow():
     problem = make_problem([200, 40], heads_q=4, heads_kv=2)
     problem.q *= 300

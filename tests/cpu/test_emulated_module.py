@@ -2,6 +2,7 @@
 launches into the emulator, under the wrapper as a GPU's user has it."""
 
 import functools
+import math
 
 import emulated_decode as emulated
 import pytest
@@ -44,6 +45,7 @@ def assert_wrapper_is_right(batch, kv_layout="NHD", wrapper=None, plan=None, run
         sm_scale=scale * run.get("k_scale", 1.0) * run.get("q_scale", 1.0), v_scale=run.get("v_scale", 1.0),
         window_left=plan.get("window_left", -1), logits_soft_cap=plan.get("logits_soft_cap", 0.0),
         q_len_per_req=plan.get("q_len_per_req", 1), sinks=run.get("sinks"), out_dtype=torch.float32,
+        **{name: plan[name] for name in ("pos_encoding_mode", "rope_scale", "rope_theta") if name in plan},
     )  # fmt: skip
     assert o.dtype == plan.get("o_data_type", batch.q.dtype)
     torch.testing.assert_close(o.float(), expected, rtol=2e-2, atol=2e-2)
@@ -75,8 +77,11 @@ def test_dtypes(dtype, kv_dtype, head_dim):
         ({"logits_soft_cap": 3.0}, {}),
         ({"sm_scale": 0.3}, {"sinks": torch.tensor([0.0, 1.0, 2.0, -1.0])}),
         ({"o_data_type": F16}, {"enable_pdl": False}),
+        ({"pos_encoding_mode": "ROPE_LLAMA"}, {}),
+        ({"pos_encoding_mode": "ROPE_LLAMA", "rope_scale": 4.0, "rope_theta": 5e5, "window_left": 50}, {}),
+        ({"pos_encoding_mode": "ALIBI"}, {"k_scale": 0.5}),
     ],
-    ids=["window", "soft cap", "sinks", "output type"],
+    ids=["window", "soft cap", "sinks", "output type", "rope", "rope and window", "alibi"],
 )
 def test_features(plan, run):
     assert_wrapper_is_right(make_batch([40, 1, 130], dtype=BF16), plan=plan, run=run)
@@ -150,10 +155,10 @@ def test_window_op_launches_and_keeps_to_its_budget():
             assert 0 < asked <= budget
 
 
-def module_arguments(problem, **changes):
+def module_arguments(problem, position="NONE", **changes):
     """Arguments of the module's run for a Problem, some of them replaced."""
     rows = problem.rows
-    variant = jit.Variant(problem.q.dtype, problem.k.dtype, problem.q.dtype, problem.q.shape[2], False, False)
+    variant = jit.Variant(problem.q.dtype, problem.k.dtype, problem.q.dtype, problem.q.shape[2], False, False, position)
     module, empty = load(variant), torch.empty(0)
     plan = module.plan(
         workspace(), empty, empty, empty, 1, problem.q.shape[1] * problem.q_len, problem.k.shape[2], 1, False, -1, 0.0,
@@ -164,7 +169,8 @@ def module_arguments(problem, **changes):
         "q": problem.q, "k": problem.k, "v": problem.v, "indptr": problem.indptr, "indices": problem.indices,
         "last_page_len": problem.last_page_len, "o": torch.empty_like(problem.q),
         "lse": torch.empty(problem.q.shape[:2]), "layout": 0, "window_left": -1, "pdl": True, "sinks": None,
-        "soft_cap": 0.0, "sm_scale": 0.1, "v_scale": 1.0, "q_len": problem.q_len, "prefetch": [0, 0, 0, 0, 0],
+        "soft_cap": 0.0, "sm_scale": 0.1, "v_scale": 1.0, "rope_scale": 1.0, "rope_theta": 1e4, "q_len": problem.q_len,
+        "prefetch": [0, 0, 0, 0, 0],
     }  # fmt: skip
     assert rows <= 16 and not changes.keys() - arguments.keys()
     return module, list((arguments | changes).values())
@@ -234,6 +240,8 @@ BAD_INPUT = {
     "plan beyond the GPU": (bad(plan_info=[5, 9, 0, 0, 0, 4, 1, 3]), ValueError, "plan_info: 5 blocks of 9 warps"),
     "levers": (bad(prefetch=[1]), ValueError, "prefetch: expected"),
     "q_len": (bad(q_len=0), ValueError, "q: expected shape"),
+    "rope_scale": (bad(rope_scale=0.0, position="ROPE_LLAMA"), ValueError, "rope_scale, rope_theta: expected 0.001"),
+    "rope_theta": (bad(rope_theta=math.nan, position="ROPE_LLAMA"), ValueError, "got 1 and nan"),
     "short sinks": (bad(sinks=torch.zeros(3)), ValueError, "sinks: expected at least 4"),
 }
 

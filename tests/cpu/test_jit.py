@@ -41,9 +41,13 @@ def test_names():
         "-DFI_PREFETCH_HEAD_DIM=128",
         "-DFI_PREFETCH_SLIDING_WINDOW=1",
         "-DFI_PREFETCH_SOFT_CAP=0",
+        "-DFI_PREFETCH_POSITION=0",
     ]
+    rotary = VARIANT._replace(position="ROPE_LLAMA")
+    assert rotary.name == f"{VARIANT.name}_rope_llama"
+    assert rotary.macros()[-1] == "-DFI_PREFETCH_POSITION=1"
     variants = jit.all_variants()
-    assert len({variant.name for variant in variants}) == len(variants) == 144
+    assert len({variant.name for variant in variants}) == len(variants) == 144 + 144 + 72
 
 
 def test_spec(toolchain):

@@ -190,6 +190,7 @@ REASON_FUNCTIONS = (
     "_obstacle",
     "_unusual_mask_or_split",
     "query_obstacle",
+    "rope_obstacle",
     "cache_obstacle",
     "_stride_obstacle",
     "_logit_scale",

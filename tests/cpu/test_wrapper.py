@@ -505,7 +505,7 @@ class FakeModule:
 
     def run(
         self, float_workspace, counters, plan_info, q, k, v, indptr, indices, last_page_len, o, lse, layout,
-        window_left, enable_pdl, sinks, soft_cap, sm_scale, v_scale, q_len, prefetch,
+        window_left, enable_pdl, sinks, soft_cap, sm_scale, v_scale, rope_scale, rope_theta, q_len, prefetch,
     ) -> None:  # fmt: skip
         self.calls.append(("run", (enable_pdl, prefetch, counters, plan_info)))
         assert isinstance(enable_pdl, bool) and len(prefetch) == 5 and len(plan_info) == 8
@@ -516,7 +516,7 @@ class FakeModule:
         result, result_lse = reference.batch_decode(
             q, k, v, indptr, indices, last_page_len, kv_layout=["NHD", "HND"][layout], sm_scale=sm_scale,
             v_scale=v_scale, window_left=window_left, logits_soft_cap=soft_cap, q_len_per_req=q_len, sinks=sinks,
-            out_dtype=o.dtype,
+            pos_encoding_mode=self.variant.position, rope_scale=rope_scale, rope_theta=rope_theta, out_dtype=o.dtype,
         )  # fmt: skip
         o.copy_(result)
         if lse is not None:
@@ -711,7 +711,7 @@ def test_gpu_graph_plan_only_copies_into_the_buffers(gpu, half_batch):
 
 
 UNSERVED_PLANS = {
-    "rope": {"pos_encoding_mode": "ROPE_LLAMA", "rope_scale": 2.0},
+    "ALiBi under a soft cap": {"pos_encoding_mode": "ALIBI", "logits_soft_cap": 30.0, "rope_scale": 2.0},
     "fixed split": {"fixed_split_size": 4},
     "no split": {"disable_split_kv": True},
     "too many rows": {"q_len_per_req": 9},
@@ -828,10 +828,34 @@ def test_gpu_forward_changes_the_variant(gpu, half_batch, dense_decode):
     out = wrapper.forward(half_batch.q, half_batch.cache, logits_soft_cap=3.0, window_left=9)
     assert_decodes([out], dense_decode(half_batch, soft_cap=3.0, window_left=9)[:1], rtol=1e-2)
     assert len(gpu.modules) == 2
-    assert wrapper.forward(half_batch.q, half_batch.cache, pos_encoding_mode="ROPE_LLAMA") == "their result"
-    assert gpu.flashinfers[0][1]["pos_encoding_mode"] == "ROPE_LLAMA"
+    alibi = {"pos_encoding_mode": "ALIBI", "logits_soft_cap": 3.0}
+    assert wrapper.forward(half_batch.q, half_batch.cache, **alibi) == "their result"
+    assert gpu.flashinfers[0][1]["pos_encoding_mode"] == "ALIBI"
     assert_decodes([wrapper.forward(half_batch.q, half_batch.cache)], dense_decode(half_batch)[:1], rtol=1e-2)
     assert wrapper.kernel_choice.kernel == "fi_prefetch"
+
+
+@pytest.mark.parametrize("mode", ["ROPE_LLAMA", "ALIBI"])
+def test_gpu_positions_reach_the_kernel(gpu, half_batch, mode):
+    options = {"pos_encoding_mode": mode, "rope_scale": 2.0, "rope_theta": 100.0}
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes, **options)
+    found = [wrapper.run(half_batch.q, half_batch.cache), planned(half_batch).forward(
+        half_batch.q, half_batch.cache, **options
+    )]  # fmt: skip
+    assert wrapper.kernel_choice.kernel == "fi_prefetch"
+    k, v = half_batch.cache[:, 0], half_batch.cache[:, 1]
+    expected, _ = reference.batch_decode(half_batch.q, k, v, *half_batch.table, **options)
+    for out in found:
+        torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_gpu_rotary_frequencies_beyond_the_kernel_are_flashinfers(gpu, half_batch):
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    plan = {"pos_encoding_mode": "ROPE_LLAMA", "rope_theta": 0.5}
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes, **plan)
+    assert wrapper.run(half_batch.q, half_batch.cache) == "their result"
+    assert "rope_theta=0.5" in wrapper.kernel_choice.reason
 
 
 def fast_plan_arguments(wrapper, batch, form: int) -> tuple[Any, ...]:

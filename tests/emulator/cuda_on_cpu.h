@@ -223,6 +223,8 @@ inline float __uint_as_float(uint32_t x) { return emulator::bits_as<float>(x); }
 inline int __float_as_int(float x) { return emulator::bits_as<int>(x); }
 inline uint32_t __float_as_uint(float x) { return emulator::bits_as<uint32_t>(x); }
 
+inline int __double2loint(double x) { return static_cast<int>(emulator::bits_as<uint64_t>(x)); }
+
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 #define __expf(x) expf(x)  // macros: glibc declares functions of these names, which it does not export

@@ -194,6 +194,42 @@ FI_PREFETCH_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint
   });
 }
 
+FI_PREFETCH_DEVICE uint32_t round_to_tf32(float x) {
+  const uint32_t bits = emulator::bits_as<uint32_t>(x);
+  if ((bits & 0x7F800000) == 0x7F800000) return bits & 0x7FFFFF ? 0x7FFFE000 : bits;
+  return (bits + 0x1000) & 0xFFFFE000;
+}
+
+FI_PREFETCH_DEVICE void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                          Site site = Site::current()) {
+  for (const uint32_t x : {a[0], a[1], a[2], a[3], b0, b1}) {
+    if (x & 0x1FFF) emulator::fail(site, "multiply_add_tf32: %08x is not a tf32 number", x);
+  }
+  MultiplyAdd mine{d, a, {b0, b1}};
+  emulator::collective("multiply_add_tf32", ~0u, &mine, site, [](Warp& warp) {
+    machine.statistics.multiply_adds += 1;
+    float left[16][8], right[8][8], sum[16][8];
+    for (int l = 0; l < 32; ++l) {
+      const MultiplyAdd& lane = *static_cast<MultiplyAdd*>(warp.lanes[l].operands);
+      const int i = l / 4, j = l % 4;
+      for (int r = 0; r < 4; ++r) {
+        left[i + r % 2 * 8][j + r / 2 * 4] = emulator::bits_as<float>(lane.a[r]);
+        sum[i + r / 2 * 8][2 * j + r % 2] = lane.d[r];
+      }
+      for (int r = 0; r < 2; ++r) right[j + r * 4][i] = emulator::bits_as<float>(lane.b[r]);
+    }
+    for (int m = 0; m < 16; ++m) {
+      for (int k = 0; k < 8; ++k) {
+        for (int n = 0; n < 8; ++n) sum[m][n] += left[m][k] * right[k][n];
+      }
+    }
+    for (int l = 0; l < 32; ++l) {
+      const MultiplyAdd& lane = *static_cast<MultiplyAdd*>(warp.lanes[l].operands);
+      for (int r = 0; r < 4; ++r) lane.d[r] = sum[l / 4 + r / 2 * 8][l % 4 * 2 + r % 2];
+    }
+  });
+}
+
 // ---- order ----------------------------------------------------------------------------------------------------------
 
 FI_PREFETCH_DEVICE int32_t add_acquire_release(int32_t* counter, int32_t value, Site site = Site::current()) {
@@ -209,6 +245,18 @@ FI_PREFETCH_DEVICE float exp2_fast(float x) {
 }
 
 FI_PREFETCH_DEVICE float log2_fast(float x) { return log2f(x); }
+
+inline void check_angle(float x, Site site) {
+  if (std::fabs(x) > 3.1415930f) emulator::fail(site, "sin_fast or cos_fast of %g: not in [-pi, pi]", x);
+}
+FI_PREFETCH_DEVICE float sin_fast(float x, Site site = Site::current()) {
+  check_angle(x, site);
+  return sinf(x);
+}
+FI_PREFETCH_DEVICE float cos_fast(float x, Site site = Site::current()) {
+  check_angle(x, site);
+  return cosf(x);
+}
 
 }  // namespace fi_prefetch::ptx
 

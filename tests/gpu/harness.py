@@ -56,6 +56,8 @@ class Case:
     order: str = "shuffled"
     window: int = -1
     cap: float = 0.0
+    position: str = "NONE"
+    rope: tuple[float, float] = (1.0, 1e4)
     sinks: bool = False
     q_len: int = 1
     scales: tuple[float | None, float | None, float | None] = (None, None, None)
@@ -77,6 +79,8 @@ _OPTIONAL = (
     ("o", None),
     ("window", -1),
     ("cap", 0.0),
+    ("position", "NONE"),
+    ("rope", (1.0, 1e4)),
     ("sinks", False),
     ("q_len", 1),
     ("scales", (None, None, None)),
@@ -247,6 +251,9 @@ def truth(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         logits_soft_cap=case.cap,
         q_len_per_req=case.q_len,
         sinks=inputs.sinks,
+        pos_encoding_mode=case.position,
+        rope_scale=case.rope[0],
+        rope_theta=case.rope[1],
         out_dtype=torch.float64,
         compute_dtype=torch.float64,
     )
@@ -264,6 +271,9 @@ def plan_options(case: Case, kv_dtype: torch.dtype) -> dict[str, Any]:
         "o_data_type": DTYPES[case.o or case.q],
         "window_left": case.window,
         "logits_soft_cap": case.cap or None,
+        "pos_encoding_mode": case.position,
+        "rope_scale": case.rope[0],
+        "rope_theta": case.rope[1],
         "sm_scale": case.sm_scale,
         "q_len_per_req": case.q_len,
     }
@@ -273,7 +283,9 @@ def flashinfer_answer(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashInfer's output and LSE for the rows that have KV."""
     case = inputs.case
     cache, kv_dtype = inputs.cache, DTYPES[case.kv]
+    # Its tensor-core kernel does not rotate fp8 keys.
     compiled = (case.q, case.kv, case.dim) in DIRECT_FP8 and case.window < 0 and case.cap == 0
+    compiled = compiled and case.position == "NONE"
     if case.kv != case.q and not compiled:
         kv_dtype = DTYPES[case.q]
         cache = (inputs.k.to(kv_dtype), inputs.v.to(kv_dtype))

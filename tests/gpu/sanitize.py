@@ -34,6 +34,7 @@ def cases() -> list[tuple[Case, dict[str, str]]]:
     plain += [Case(lens=(16, 300), q_len=q_len) for q_len in (2, 4)]
     plain += [Case(lens=lens, storage=storage) for storage in ("one", "strided", "different_strides")]
     plain += [Case(lens=lens, o="f16")]
+    plain += [Case(lens=(700, 3, 64), position=position, q_len=2) for position in ("ROPE_LLAMA", "ALIBI")]
     levers = [
         {"prefetch": policy, "ready": ready}
         for policy in (

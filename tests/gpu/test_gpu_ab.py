@@ -227,6 +227,36 @@ def test_several_query_tokens_with_window_and_cap(case: Case) -> None:
 
 @over(
     [
+        Case(lens=(q_len, 40, 333, 9000), heads=(2 * group, 2), q=q, kv=kv, dim=dim, position="ROPE_LLAMA", rope=rope,
+             q_len=q_len)
+        for (q, kv, dim), group, q_len, rope in itertools.product(
+            (("bf16", "bf16", 64), ("bf16", "bf16", 128), ("bf16", "bf16", 256), ("f16", "f16", 128),
+             ("bf16", "e4m3", 128)),
+            (1, 4, 8), (1, 2), ((1.0, 1e4), (8.0, 5e5)),
+        )
+    ]
+)  # fmt: skip
+def test_rotary_positions(case: Case) -> None:
+    check(case)
+
+
+@over([Case(lens=(131072,), heads=(8, 2), kv=kv, position="ROPE_LLAMA", page=64) for kv in ("bf16", "e4m3")])
+def test_rotary_positions_of_long_requests(case: Case) -> None:
+    check(case)
+
+
+@over(
+    [
+        Case(lens=(q_len, 40, 333, 900), heads=(heads, 2), q="bf16", kv=kv, position="ALIBI", q_len=q_len, sinks=sinks)
+        for heads, kv, q_len, sinks in itertools.product((2, 6, 16), ("bf16", "e4m3"), (1, 2), (False, True))
+    ]
+)
+def test_alibi(case: Case) -> None:
+    check(case)
+
+
+@over(
+    [
         Case(q=q, kv=kv, scales=scales, sm_scale=sm_scale)
         for (q, kv), scales, sm_scale in itertools.product(
             DTYPES,

@@ -80,7 +80,6 @@ FOR_FLASHINFER: dict[str, tuple[Case, dict[str, Any], dict[str, Any]]] = {
     "a backend by name": (Case(), {"use_tensor_cores": True, "backend": "fa2"}, {}),
     "disable_split_kv": (Case(), {"use_tensor_cores": True}, {"disable_split_kv": True}),
     "fixed_split_size": (Case(), {"use_tensor_cores": True}, {"fixed_split_size": 4}),
-    "rotary embedding": (Case(), {}, {"pos_encoding_mode": "ROPE_LLAMA"}),
 }
 
 
