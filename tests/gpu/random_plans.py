@@ -649,8 +649,14 @@ class _Life:
             raise Wrong(f"out{index} is {got}, expected {want}: off by {numbers[0]:.3g} of what rounding allows")
         if not numbers[1] <= 1:
             raise Wrong(f"LSE is off by {numbers[1]:.3g} of what rounding allows")
-        names = ("a counter is not zero", "written outside the workspace", "written outside out",
-                 "written outside lse", "a second call gave another output", "a second call gave another LSE")  # fmt: skip
+        names = (
+            "a counter is not zero",
+            "written outside the workspace",
+            "written outside out",
+            "written outside lse",
+            "a second call gave another output",
+            "a second call gave another LSE",
+        )
         for name, number in zip(names, numbers[2:], strict=False):
             if number:
                 raise Wrong(name)
