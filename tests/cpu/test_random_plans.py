@@ -148,6 +148,28 @@ def test_sessions_pass_on_the_emulated_kernel(emulated, session: Session) -> Non
         assert run.passed == len(session.steps), "a case counts once"
 
 
+@pytest.mark.parametrize("sm_count", [1, 7, 16, 132])
+def test_gpus_of_other_sizes_down_to_a_slice_of_one(emulated, monkeypatch, sm_count: int) -> None:
+    """What MIG leaves of a GPU is a GPU of fewer SMs; the grid follows, and the answers stay right."""
+    blocks = []
+
+    class Watching:
+        def run(self, workspace, counters, info, *rest) -> None:
+            blocks.append(int(info[0]))
+            load(self.variant).run(workspace, counters, info, *rest)
+
+        def __init__(self, variant) -> None:
+            self.variant = variant
+
+        def __getattr__(self, name: str):
+            return getattr(load(self.variant), name)
+
+    monkeypatch.setattr(device, "facts", lambda where: replace(GPU, sm_count=sm_count))
+    monkeypatch.setattr(jit, "load", functools.cache(Watching))
+    runner().run(Session((Shape(),), SMALL[:1]))
+    assert blocks and all(count % sm_count == 0 for count in blocks)
+
+
 class Tampering:
     """Our module, with something wrong after every call."""
 
