@@ -14,6 +14,7 @@ pasted into REGRESSIONS of test_gpu_random_plans.py; `--shrink` makes it smaller
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 import sys
@@ -207,20 +208,28 @@ PLAIN_WAYS = ("plan", "plan", "plan", "run")
 GRAPH_WAYS = ("replay", "replay", "replay", "plan and replay", "plan", "run")
 
 
+# In one draw what belongs together: drawing takes longer than a case on the GPU.
+CALLS = tuple(
+    itertools.product((True, True, False), (False, True), (None, True, False), (False, False, True))
+)  # with_lse, sinks, pdl, stream
+SCALES = tuple(itertools.product((None, 0.5, 1.7), repeat=3))
+
+
 @st.composite
 def steps(draw: st.DrawFn, ways: tuple[str, ...], largest_batch: int, longest: int) -> Step:
-    scale = st.sampled_from((None, None, 0.5, 1.7))
+    with_lse, sinks, pdl, stream = draw(st.sampled_from(CALLS))
+    kind, order = draw(st.sampled_from(tuple(itertools.product(KINDS, ORDERS))))
     return Step(
         batch=draw(st.sampled_from([batch for batch in BATCHES if batch <= largest_batch])),
-        kind=draw(st.sampled_from(KINDS)),
+        kind=kind,
         longest=draw(st.sampled_from([n for n in (1, 16, 40, 100, 300, 1000, 3000, 9000) if n <= longest])),
-        order=draw(st.sampled_from(ORDERS)),
+        order=order,
         how=draw(st.sampled_from(ways)),
-        with_lse=draw(st.sampled_from((True, True, False))),
-        sinks=draw(st.booleans()),
-        scales=draw(st.tuples(scale, scale, scale)),
-        pdl=draw(st.sampled_from((None, True, False))),
-        stream=draw(st.sampled_from((False, False, False, True))),
+        with_lse=with_lse,
+        sinks=sinks,
+        scales=draw(st.sampled_from(SCALES)),
+        pdl=pdl,
+        stream=stream,
         workspace=draw(st.sampled_from(("same",) * 8 + ("large", "exact"))),
         seed=draw(st.integers(0, 1 << 20)),
     )
@@ -268,7 +277,9 @@ def page_table(case: Case, num_pages: int) -> tuple[np.ndarray, np.ndarray, np.n
     tokens = np.full(used, case.page)
     tokens[indptr[1:][counts > 0] - 1] = last[counts > 0]
     held = np.zeros((num_pages, case.page), dtype=bool)
-    np.logical_or.at(held, indices, np.arange(case.page) < tokens[:, None])
+    held[indices[tokens == case.page]] = True
+    for page, count in zip(indices[tokens < case.page], tokens[tokens < case.page], strict=True):
+        held[page, :count] = True
     return indptr.astype(np.int32), indices.astype(np.int32), last.astype(np.int32), held
 
 
@@ -395,7 +406,9 @@ def truth(inputs: Inputs) -> Truth:
     weight_error = torch.finfo(DTYPES[product]).eps / 2 + 2 * logit_error + 2e-5
     out_rounding = torch.finfo(inputs.o_dtype).eps / 2
     smallest = torch.finfo(inputs.o_dtype).smallest_normal * out_rounding
-    error = 1.01 * (out_rounding * out.abs() + weight_error * magnitude) + 2 * smallest + 1e-7
+    # Weights below 2^-25 of the greatest are none in half; their signs and those of their values are random.
+    lost = 2.0**-22 * max(case.lens, default=0) ** 0.5 * abs(v_scale) if product == "f16" else 0.0
+    error = 1.01 * (out_rounding * out.abs() + weight_error * magnitude) + 2 * smallest + lost + 1e-7
 
     def by_row(x: torch.Tensor) -> torch.Tensor:
         rest = x.shape[3:]
