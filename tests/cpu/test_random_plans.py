@@ -250,3 +250,26 @@ def test_the_soak_counts_every_wrong_answer(small_soak, monkeypatch) -> None:
     monkeypatch.setattr(jit, "load", functools.cache(lambda variant: Tampering(load(variant), tamper)))
     result = small_soak()
     assert result["wrong"] == 1 and "1 answers have other bits" in result["problems"]
+
+
+def test_a_failing_session_is_printed_ready_to_be_run_again(capsys) -> None:
+    class Failing:
+        passed = 0
+
+        def __init__(self) -> None:
+            self.seen: list[Session] = []
+
+        def run(self, session: Session) -> None:
+            self.seen.append(session)
+            self.passed += len(session.steps)
+            if len(self.seen) == 7:
+                raise Wrong("step 3")
+
+    failing = Failing()
+    with pytest.raises(Wrong, match="step 3"):
+        random_plans.explore(failing, 1000, 1, random_plans.sessions())
+    said = [line for line in capsys.readouterr().out.splitlines() if "this session fails: " in line]
+    assert len(said) == 1
+    names = {"Session": Session, "Shape": Shape, "Step": Step}
+    assert eval(said[0].partition("fails: ")[2], names) == failing.seen[6]
+    assert len(failing.seen) == 7, "and nothing more is run on a GPU that may be gone"
