@@ -365,10 +365,10 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
       << "q: expected shape [" << batch_size << " * " << q_len << ", num_qo_heads, " << FI_PREFETCH_HEAD_DIM
       << "] with a contiguous last dimension, got [" << q.size(0) << ", " << q.size(1) << ", " << q.size(2)
       << "] with stride " << q.stride(2);
-  FI_PREFETCH_CHECK(reinterpret_cast<uintptr_t>(q.data_ptr()) % 4 == 0 && (q.size(0) <= 1 || q.stride(0) % 2 == 0) &&
-                        (num_qo_heads <= 1 || q.stride(1) % 2 == 0),
+  FI_PREFETCH_CHECK(reinterpret_cast<uintptr_t>(q.data_ptr()) % 16 == 0 && (q.size(0) <= 1 || q.stride(0) % 8 == 0) &&
+                        (num_qo_heads <= 1 || q.stride(1) % 8 == 0),
                     ValueError)
-      << "q: expected an address and strides that are multiples of 4 bytes";
+      << "q: expected an address and strides that are multiples of 16 bytes";
   const int64_t rows = row_count(num_qo_heads * q_len, p.num_kv_heads);
   FI_PREFETCH_CHECK(num_qo_heads % p.num_kv_heads == 0, ValueError)
       << "q: expected a multiple of " << p.num_kv_heads << " heads, got " << num_qo_heads;

@@ -203,23 +203,34 @@ def _demo_on_cpu(compile_kernels: bool) -> None:
 # ---- check ---------------------------------------------------------------------------------------------------------
 
 
+CHECK_PARTS = ("suite", "random", "soak", *evidence.SANITIZER_TOOLS)
+# What each part but the sanitizers is called in a record.
+_SUITES = {"suite": evidence.GPU_SUITE, "random": evidence.RANDOM_CASES, "soak": evidence.SOAK_CALLS}
+
+
 @main.command()
 @click.option("--record", is_flag=True, help=f"Write what ran to {evidence.EVIDENCE_FILE}.")
 @click.option(
     "--only",
     multiple=True,
-    type=click.Choice(("suite", "memcheck", "racecheck", "synccheck", "initcheck")),
+    type=click.Choice(CHECK_PARTS),
     help="Run this part alone; repeatable. A record of the same tree and GPU keeps its other parts.",
 )
+@click.option("--random-cases", default=evidence.MINIMUM[evidence.RANDOM_CASES], show_default=True, help="How many.")
+@click.option("--seed", type=int, help="Draw the random cases with this seed. [default: a new one]")
+@click.option("--soak-calls", default=evidence.MINIMUM[evidence.SOAK_CALLS], show_default=True, help="How many.")
 @click.option("--declare-not-run", is_flag=True, help="Record that no GPU has run this tree. Needs no GPU.")
 @click.argument("pytest_arguments", nargs=-1)
-def check(record: bool, only: tuple[str, ...], declare_not_run: bool, pytest_arguments: tuple[str, ...]) -> None:
-    """Run the GPU suite and compute-sanitizer over the kernels.
+def check(
+    record: bool, only: tuple[str, ...], random_cases: int, seed: int | None, soak_calls: int, declare_not_run: bool,
+    pytest_arguments: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Run the GPU suite, random sessions, a soak of a million calls, and compute-sanitizer over the kernels.
 
     PYTEST_ARGUMENTS, after `--`, go to the suite's pytest.
     """
     from .bench import environment
-    from .gpu_check import CheckError, run_sanitizer, run_suite
+    from .gpu_check import CheckError, run_random, run_sanitizer, run_soak, run_suite
 
     root = checkout()
     path = root / evidence.EVIDENCE_FILE
@@ -238,16 +249,20 @@ def check(record: bool, only: tuple[str, ...], declare_not_run: bool, pytest_arg
         if (earlier.hash, earlier.gpu) == (evidence.tree_hash(root), gpu):
             suites, sanitizers = dict(earlier.suites), dict(earlier.sanitizers)
     problems = []
-    for part in only or ("suite", *evidence.SANITIZER_TOOLS):
+    for part in only or CHECK_PARTS:
         console.rule(part)
         try:
             if part == "suite":
-                suites[evidence.GPU_SUITE] = run_suite(root, click.echo, pytest_arguments)
+                suites[_SUITES[part]] = run_suite(root, click.echo, pytest_arguments)
+            elif part == "random":
+                suites[_SUITES[part]] = run_random(root, click.echo, random_cases, seed)
+            elif part == "soak":
+                suites[_SUITES[part]] = run_soak(root, click.echo, soak_calls)
             else:
                 sanitizers[part] = run_sanitizer(root, part, click.echo)
         except CheckError as error:
             # What an earlier call recorded of this part no longer stands.
-            (suites if part == "suite" else sanitizers).pop(evidence.GPU_SUITE if part == "suite" else part, None)
+            (suites if part in _SUITES else sanitizers).pop(_SUITES.get(part, part), None)
             problems.append(f"{part}: {error}")
             console.print(f"[red]{error}[/red]")
         if record:  # after every part: what ran is kept whatever comes next

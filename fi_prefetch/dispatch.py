@@ -173,8 +173,9 @@ def query_obstacle(q: torch.Tensor) -> str | None:
         q: [rows, num_qo_heads, head_dim], last stride 1.
     """
     steps = [stride * q.element_size() for size, stride in zip(q.shape[:-1], q.stride(), strict=False) if size > 1]
-    if q.data_ptr() % 4 or any(step % 4 for step in steps):
-        return f"q starts {q.data_ptr() % 4} bytes off with steps of {steps} bytes, which are not multiples of 4 bytes"
+    if q.data_ptr() % 16 or any(step % 16 for step in steps):
+        off = q.data_ptr() % 16
+        return f"q starts {off} bytes off with steps of {steps} bytes, which are not multiples of 16 bytes"
     return None
 
 

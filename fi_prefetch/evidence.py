@@ -1,7 +1,8 @@
 """Evidence that a GPU has run the kernels of this tree, and what it found.
 
-`tests/gpu_evidence.json` holds one record, written by `fi-prefetch check --record`: the counts of the GPU suite and of
-each compute-sanitizer tool, the GPU and the versions, and a hash of the sources that decide what is launched. A record
+`tests/gpu_evidence.json` holds one record, written by `fi-prefetch check --record`: the counts of the GPU suite, of the
+random sessions (with their seed), of the soak and of each compute-sanitizer tool, the GPU and the versions, and a hash
+of the sources that decide what is launched. A record
 whose hash is not the tree's says nothing about the tree: kernels that changed since a GPU last ran them are not right.
 """
 
@@ -35,8 +36,11 @@ LAUNCH_FILES = tuple(
 )
 
 GPU_SUITE = "tests/gpu"
-SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
-MINIMUM_CASES = 2000
+RANDOM_CASES = "random cases"
+SOAK_CALLS = "soak calls"
+SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# What a record must hold, and of each how much at least.
+MINIMUM = {GPU_SUITE: 2000, RANDOM_CASES: 20_000, SOAK_CALLS: 1_000_000}
 NOT_RUN_REASON = "no GPU has run this tree yet"
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
@@ -44,11 +48,15 @@ PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 
 @dataclass(frozen=True)
 class Counts:
-    """How many cases of one suite, or of one sanitizer tool, ended which way. An error counts as a failure."""
+    """How many cases of one suite, or of one sanitizer tool, ended which way. An error counts as a failure.
+
+    `seed`: what the cases were drawn with, where they were drawn; the same seed draws the same cases.
+    """
 
     passed: int
     failed: int
     skipped: int
+    seed: int | None = None
 
     @property
     def clean(self) -> bool:
@@ -168,7 +176,7 @@ def judge(record: Evidence, current_hash: str) -> Verdict:
 def _complaint(record: Evidence) -> str | None:
     """Why the counts of a record are not a pass, or None."""
     for kind, wanted, found in (
-        ("suite", (GPU_SUITE,), record.suites),
+        ("suite", tuple(MINIMUM), record.suites),
         ("compute-sanitizer tool", SANITIZER_TOOLS, record.sanitizers),
     ):
         for name in wanted:
@@ -177,6 +185,9 @@ def _complaint(record: Evidence) -> str | None:
         for name, counts in found.items():
             if not counts.clean:
                 return f"{kind} {name}: {counts.passed} passed, {counts.failed} failed, {counts.skipped} skipped"
-    if record.suites[GPU_SUITE].passed < MINIMUM_CASES:
-        return f"{GPU_SUITE} ran {record.suites[GPU_SUITE].passed} cases, at least {MINIMUM_CASES} are wanted"
+    for name, least in MINIMUM.items():
+        if record.suites[name].passed < least:
+            return f"{name}: {record.suites[name].passed} passed, at least {least} are wanted"
+    if record.suites[RANDOM_CASES].seed is None:
+        return f"{RANDOM_CASES}: no seed was recorded, so nobody can draw them again"
     return None

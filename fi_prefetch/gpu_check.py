@@ -1,4 +1,4 @@
-"""Runs the GPU suite and compute-sanitizer, and turns what they print into counts for the evidence record."""
+"""Runs the GPU suite, random sessions, the soak and compute-sanitizer, and counts for the record what they print."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from .evidence import GPU_SUITE, Counts
 
 SANITIZE_SCRIPT = "tests/gpu/sanitize.py"
-ALL_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+RANDOM_SCRIPT = "tests/gpu/random_plans.py"
+SOAK_SCRIPT = "tests/gpu/soak.py"
 # Only kernels with this in their name are instrumented: PyTorch's are not in question, and slow under a tool.
 KERNEL_SUBSTRING = "fi_prefetch"
 _FILTER_OPTIONS = ("--kernel-regex", "--kernel-name", "--filter")
@@ -26,6 +27,7 @@ _ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error")
 _HAZARDS = re.compile(r"RACECHECK SUMMARY: (\d+) hazard")
 # What the script prints last.
 _CASES = re.compile(r"^sanitize: (\d+) passed, (\d+) failed$", re.MULTILINE)
+_SCRIPT = re.compile(r"^(?:random|soak): (\d+) passed, (\d+) failed(?:, seed (\d+))?$", re.MULTILINE)
 
 Echo = Callable[[str], None]
 
@@ -57,6 +59,25 @@ def parse_junit(text: str) -> Counts:
     return Counts(max(0, totals["tests"] - failed - totals["skipped"]), failed, totals["skipped"])
 
 
+def run_random(root: Path, echo: Echo, cases: int, seed: int | None = None) -> Counts:
+    """Runs `cases` random cases of the checkout at `root`; `seed`: a new one where None."""
+    arguments = ["--cases", str(cases), *([] if seed is None else ["--seed", str(seed)])]
+    return parse_script(_stream([sys.executable, RANDOM_SCRIPT, *arguments], root, echo))
+
+
+def run_soak(root: Path, echo: Echo, calls: int) -> Counts:
+    """Makes `calls` calls with the soak of the checkout at `root`."""
+    return parse_script(_stream([sys.executable, SOAK_SCRIPT, "--calls", str(calls)], root, echo))
+
+
+def parse_script(output: str) -> Counts:
+    """The counts of the random sessions' or the soak's last line; raises CheckError where it is missing."""
+    found = _SCRIPT.search(output)
+    if found is None:
+        raise CheckError(f"the script's last line is missing from the output: {output[-500:].strip()!r}")
+    return Counts(int(found[1]), int(found[2]), 0, None if found[3] is None else int(found[3]))
+
+
 def sanitizer_path() -> str:
     """compute-sanitizer's path; raises CheckError, saying where it comes from, where there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
@@ -79,6 +100,11 @@ def kernel_filter(sanitizer: str) -> tuple[str, ...]:
 def run_sanitizer(root: Path, tool: str, echo: Echo) -> Counts:
     """Runs one compute-sanitizer tool over the sanitizer script of the checkout at `root`."""
     sanitizer = sanitizer_path()
+    if tool == "initcheck":
+        # It must see who writes, so all kernels are instrumented, and PyTorch must not hand out memory again that was
+        # written before.
+        command = [sanitizer, "--tool", tool, sys.executable, SANITIZE_SCRIPT, "--initcheck"]
+        return parse_sanitizer(tool, _stream(command, root, echo, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     command = [sanitizer, "--tool", tool, *kernel_filter(sanitizer), sys.executable, SANITIZE_SCRIPT]
     return parse_sanitizer(tool, _stream(command, root, echo))
 
@@ -96,10 +122,11 @@ def parse_sanitizer(tool: str, output: str) -> Counts:
     return Counts(int(cases[1]), int(cases[2]) + int(summary[1]), 0)
 
 
-def _stream(command: Sequence[str], root: Path, echo: Echo) -> str:
+def _stream(command: Sequence[str], root: Path, echo: Echo, variables: Mapping[str, str] | None = None) -> str:
     """Runs a command at `root` and returns all that it printed, after passing it on line by line."""
     environment = {
         **os.environ,
+        **(variables or {}),
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).strip(":"),
     }
     lines = []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 import warnings
+from pathlib import Path
 
 import flashinfer.decode
 import pytest
@@ -148,3 +150,21 @@ def test_package():
     assert set(fi_prefetch.__all__) <= set(dir(fi_prefetch))
     with pytest.raises(AttributeError, match="nothing_like_this"):
         _ = fi_prefetch.nothing_like_this
+
+
+def arguments_in_the_readme() -> set[str]:
+    """What the first column of the README's table of arguments names."""
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    table = readme.split("### Argument by argument")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:4] for line in table.splitlines() if line.startswith("| `")]
+    assert all(len(row) == 3 and re.search(r"ours|FlashInfer|above", row[1]) and "::test_" in row[2] for row in rows)
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+
+
+def test_the_readme_says_of_every_argument_who_serves_it():
+    functions = (THEIRS.__init__, getattr(THEIRS, "_plan_impl", THEIRS.plan), THEIRS.run)
+    theirs = {name for function in functions for name in parameters(function)} - {"self"}
+    ours = {name for function in (OURS.__init__, OURS.plan, OURS.run) for name in parameters(function)} - {"self"}
+    said = arguments_in_the_readme()
+    assert theirs <= said, f"new in FlashInfer, and nobody says who serves it: {theirs - said}"
+    assert said == ours - set(ADDED), "the table names what no release has"

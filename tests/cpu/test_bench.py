@@ -536,6 +536,35 @@ def test_junit_reports_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
+    ("output", "counts"),
+    [
+        ("random: seed 5\nrandom: 20010 passed, 0 failed, seed 5\n", gpu_check.Counts(20010, 0, 0, seed=5)),
+        ("random: 31 passed, 1 failed, seed 0\n", gpu_check.Counts(31, 1, 0, seed=0)),
+        ("soak: 9.1 s\nsoak: 1000000 passed, 0 failed\n", gpu_check.Counts(1_000_000, 0, 0)),
+    ],
+)
+def test_scripts_are_counted(output: str, counts: gpu_check.Counts) -> None:
+    assert gpu_check.parse_script(output) == counts
+    with pytest.raises(gpu_check.CheckError, match="last line is missing"):
+        gpu_check.parse_script(output.replace(" passed, ", " and "))
+
+
+@pytest.mark.parametrize("script", ["RANDOM_SCRIPT", "SOAK_SCRIPT"])
+def test_scripts_take_what_they_are_given(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a script is called with, said by one that stands in for it."""
+    (tmp_path / "script.py").write_text("import sys\nprint(sys.argv[1:])\nprint('soak: 3 passed, 0 failed')")
+    monkeypatch.setattr(gpu_check, script, "script.py")
+    said: list[str] = []
+    if script == "SOAK_SCRIPT":
+        gpu_check.run_soak(tmp_path, said.append, 3)
+        assert said[0] == "['--calls', '3']"
+    else:
+        gpu_check.run_random(tmp_path, said.append, 3)
+        gpu_check.run_random(tmp_path, said.append, 3, 0)
+        assert said[0] == "['--cases', '3']" and said[2] == "['--cases', '3', '--seed', '0']"
+
+
+@pytest.mark.parametrize(
     ("tool", "summary", "failed"),
     [
         ("memcheck", "========= ERROR SUMMARY: 0 errors", 0),

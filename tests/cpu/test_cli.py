@@ -191,6 +191,8 @@ def test_a_record_is_made_part_by_part(monkeypatch: pytest.MonkeyPatch, tree: Pa
     monkeypatch.setattr(cli, "has_gpu", lambda: True)
     monkeypatch.setattr(environment, "require_gpu", lambda: describe("NVIDIA H200", (9, 0), 132, 1))
     monkeypatch.setattr(gpu_check, "run_suite", lambda *_: evidence.Counts(2500, 0, 0))
+    monkeypatch.setattr(gpu_check, "run_random", lambda root, echo, cases, seed: evidence.Counts(cases, 0, 0, seed))
+    monkeypatch.setattr(gpu_check, "run_soak", lambda root, echo, calls: evidence.Counts(calls, 0, 0))
     monkeypatch.setattr(gpu_check, "run_sanitizer", lambda *_: evidence.Counts(80, 0, 0))
 
     def state() -> tuple[str, str]:
@@ -198,8 +200,13 @@ def test_a_record_is_made_part_by_part(monkeypatch: pytest.MonkeyPatch, tree: Pa
         return verdict.state, verdict.reason
 
     succeed("check", "--record", "--only", "suite")
+    assert state()[0] == evidence.FAILED and "random cases has not run" in state()[1]
+    succeed("check", "--record", "--only", "random", "--random-cases", "19990", "--seed", "7", "--only", "soak")
     assert state()[0] == evidence.FAILED and "memcheck has not run" in state()[1]
-    succeed("check", "--record", "--only", "memcheck", "--only", "synccheck", "--only", "racecheck")
+    succeed("check", "--record", *(f"--only={tool}" for tool in evidence.SANITIZER_TOOLS))
+    assert state()[0] == evidence.FAILED and "19990 passed, at least 20000" in state()[1]
+    succeed("check", "--record", "--only", "random", "--seed", "7")
+    assert evidence.load(path).suites[evidence.RANDOM_CASES] == evidence.Counts(20_000, 0, 0, seed=7)
     assert state() == (evidence.PASSED, "2500 cases passed on NVIDIA H200")
 
     def broken(*_: object) -> evidence.Counts:

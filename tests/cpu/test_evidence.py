@@ -14,6 +14,15 @@ from fi_prefetch.evidence import Counts, Evidence
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_TOOLS = {tool: Counts(60, 0, 0) for tool in evidence.SANITIZER_TOOLS}
+ALL_SUITES = {
+    evidence.GPU_SUITE: Counts(2400, 0, 0),
+    evidence.RANDOM_CASES: Counts(20_000, 0, 0, seed=7),
+    evidence.SOAK_CALLS: Counts(1_000_000, 0, 0),
+}
+
+
+def but(name: str, counts: Counts) -> dict[str, Counts]:
+    return {**ALL_SUITES, name: counts}
 
 
 @pytest.fixture
@@ -37,7 +46,7 @@ def passing(current_hash: str) -> Evidence:
         gpu="NVIDIA H200",
         driver="580",
         versions={"torch": "2.11.0"},
-        suites={evidence.GPU_SUITE: Counts(2400, 0, 0)},
+        suites=ALL_SUITES,
         sanitizers=ALL_TOOLS,
     )
 
@@ -120,14 +129,24 @@ def test_a_clean_run_of_another_tree_fails(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"suites": {evidence.GPU_SUITE: Counts(2400, 1, 0)}}, "1 failed"),
-        ({"suites": {evidence.GPU_SUITE: Counts(2400, 0, 2)}}, "2 skipped"),
-        ({"suites": {evidence.GPU_SUITE: Counts(0, 0, 0)}}, "0 passed"),
-        ({"suites": {evidence.GPU_SUITE: Counts(1999, 0, 0)}}, "1999 cases"),
+        ({"suites": but(evidence.GPU_SUITE, Counts(2400, 1, 0))}, "1 failed"),
+        ({"suites": but(evidence.GPU_SUITE, Counts(2400, 0, 2))}, "2 skipped"),
+        ({"suites": but(evidence.GPU_SUITE, Counts(0, 0, 0))}, "0 passed"),
+        ({"suites": but(evidence.GPU_SUITE, Counts(1999, 0, 0))}, "1999 passed, at least 2000"),
+        ({"suites": but(evidence.RANDOM_CASES, Counts(19_999, 0, 0, seed=7))}, "19999 passed, at least 20000"),
+        ({"suites": but(evidence.RANDOM_CASES, Counts(20_000, 0, 0))}, "no seed"),
+        ({"suites": but(evidence.RANDOM_CASES, Counts(20_000, 1, 0, seed=7))}, "random cases: 20000 passed, 1 failed"),
+        ({"suites": but(evidence.SOAK_CALLS, Counts(999_999, 0, 0))}, "999999 passed, at least 1000000"),
+        ({"suites": but(evidence.SOAK_CALLS, Counts(1_000_000, 2, 0))}, "soak calls: 1000000 passed, 2 failed"),
         ({"suites": {}}, "suite tests/gpu has not run"),
+        ({"suites": {evidence.GPU_SUITE: Counts(2400, 0, 0)}}, "random cases has not run"),
         ({"sanitizers": {}}, "memcheck has not run"),
         ({"sanitizers": {**ALL_TOOLS, "racecheck": Counts(60, 3, 0)}}, "racecheck: 60 passed, 3 failed"),
         ({"sanitizers": {tool: Counts(60, 0, 0) for tool in ("memcheck", "synccheck")}}, "racecheck has not run"),
+        (
+            {"sanitizers": {tool: Counts(60, 0, 0) for tool in ("memcheck", "racecheck", "synccheck")}},
+            "initcheck has not run",
+        ),
     ],
 )
 def test_anything_but_a_clean_run_fails_whatever_the_record_claims(change: dict, reason: str) -> None:
@@ -150,9 +169,9 @@ def test_not_run_holds_only_for_exactly_this_tree(tree: Path) -> None:
 
 def test_a_run_is_recorded_as_failed_when_a_count_says_so(tree: Path) -> None:
     arguments = {"root": tree, "commit": "abc", "gpu": "NVIDIA H200", "driver": "580", "versions": {}}
-    good = evidence.from_run(**arguments, suites={evidence.GPU_SUITE: Counts(2400, 0, 0)}, sanitizers=ALL_TOOLS)
+    good = evidence.from_run(**arguments, suites=ALL_SUITES, sanitizers=ALL_TOOLS)
     assert (good.status, good.reason) == (evidence.PASSED, None)
-    bad = evidence.from_run(**arguments, suites={evidence.GPU_SUITE: Counts(2400, 7, 0)}, sanitizers=ALL_TOOLS)
+    bad = evidence.from_run(**arguments, suites=but(evidence.GPU_SUITE, Counts(2400, 7, 0)), sanitizers=ALL_TOOLS)
     assert bad.status == evidence.FAILED
     assert "7 failed" in (bad.reason or "")
 

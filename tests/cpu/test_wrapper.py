@@ -955,6 +955,30 @@ def test_gpu_plan_that_fails_leaves_the_one_before(gpu, half_batch, make_batch, 
     assert torch.equal(wrapper.run(half_batch.q, half_batch.cache), before)
 
 
+class NoRoom(torch.Tensor):
+    """A tensor whose copy to a device finds no memory there."""
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        0,
+        pytest.param(1, marks=pytest.mark.xfail(reason="the page table is replaced part by part")),
+        pytest.param(2, marks=pytest.mark.xfail(reason="the page table is replaced part by part")),
+    ],
+)
+def test_out_of_memory_while_planning_leaves_the_plan_before(batch, make_batch, dense_decode, place):
+    wrapper = planned(batch)
+    other = list(make_batch([17, 2, 1, 9], seed=1).table)
+    other[place] = other[place].as_subclass(NoRoom)
+    with pytest.raises(torch.OutOfMemoryError):
+        wrapper.plan(*other, *batch.shape, **batch.dtypes)
+    assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
+
+
 def test_gpu_check_contents_is_asked_for(gpu, half_batch, monkeypatch):
     """FI_PREFETCH_CHECK decides on a GPU; on the CPU, where nothing waits, the check is always on."""
     half_batch.indices[0] = 1000

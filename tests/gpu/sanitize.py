@@ -2,6 +2,10 @@
 
 Run it through `fi-prefetch check`, or by itself: `compute-sanitizer --tool memcheck python tests/gpu/sanitize.py`.
 Its last line says how many cases passed and how many failed.
+
+With `--initcheck`, what the kernels read comes to the GPU by copies alone, and what they write is memory that nobody
+wrote before: a partial result or an element that is read before it is written shows. For that PyTorch must not hand out
+memory twice: PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
 
 from __future__ import annotations
@@ -12,11 +16,25 @@ import traceback
 from collections.abc import Callable
 
 import torch
-from harness import Case, Inputs, build, new_wrapper, plan, poison_unused, relative_error, run, same_bits, truth
+from harness import (
+    DEVICE,
+    Case,
+    Inputs,
+    build,
+    new_wrapper,
+    plan,
+    poison_unused,
+    relative_error,
+    run,
+    same_bits,
+    truth,
+)
+from random_plans import COMPILED
 
 import fi_prefetch
 
 TOLERANCE = 0.02
+INITCHECK_WORKSPACE = 24 << 20
 
 
 def cases() -> list[tuple[Case, dict[str, str]]]:
@@ -33,8 +51,15 @@ def cases() -> list[tuple[Case, dict[str, str]]]:
     plain += [Case(lens=lens, cap=30.0), Case(lens=lens, cap=30.0, window=17), Case(lens=lens, sinks=True)]
     plain += [Case(lens=(16, 300), q_len=q_len) for q_len in (2, 4)]
     plain += [Case(lens=lens, storage=storage) for storage in ("one", "strided", "different_strides")]
-    plain += [Case(lens=lens, o="f16")]
     plain += [Case(lens=(700, 3, 64), position=position, q_len=2) for position in ("ROPE_LLAMA", "ALIBI")]
+    plain += [Case(lens=lens, o="f16"), Case(lens=lens, q="f16", kv="f16", o="bf16")]
+    # Of every variant that the suite compiles both kernels: up to 8 query rows and up to 16.
+    plain += [
+        Case(lens=(90, 33), heads=heads, q=q, kv=kv, o=o, dim=dim, window=20 if window else -1, cap=30.0 * cap)
+        for q, kv, o, dim, window, cap in COMPILED
+        for heads in ((8, 2), (24, 2))
+        if heads == (24, 2) or window or cap
+    ]
     levers = [
         {"prefetch": policy, "ready": ready}
         for policy in (
@@ -77,6 +102,44 @@ def check_run(case: Case, options: dict[str, str]) -> None:
     expect_close(inputs, out)
 
 
+def copied(inputs: Inputs) -> Inputs:
+    """Inputs on the CPU, brought to the GPU by copies of whole allocations; views keep their strides."""
+    memory: dict[int, torch.Tensor] = {}
+
+    def move(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in memory:
+            memory[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage).to(DEVICE)
+        raw = memory[storage.data_ptr()].view(x.dtype)
+        return raw.as_strided(x.shape, x.stride(), x.storage_offset())
+
+    tensors = {
+        field.name: move(value)
+        for field in dataclasses.fields(inputs)
+        if isinstance(value := getattr(inputs, field.name), torch.Tensor) and field.name != "cache"
+    }
+    return dataclasses.replace(inputs, **tensors, cache=(tensors["k"], tensors["v"]))
+
+
+def check_initialised(case: Case, options: dict[str, str]) -> None:
+    """One run into memory that nobody has written."""
+    on_cpu = build(case, torch.device("cpu"))
+    poison_unused(on_cpu)
+    inputs = copied(on_cpu)
+    workspace = torch.empty(INITCHECK_WORKSPACE, dtype=torch.uint8, device=DEVICE)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(
+        workspace, case.layout, use_tensor_cores=case.q_len > 1, **options
+    )
+    plan(wrapper, inputs)
+    q_scale, k_scale, v_scale = case.scales
+    scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    fi_prefetch.prefetch_kv(wrapper, inputs.cache)
+    out, lse = wrapper.run(inputs.q, inputs.cache, sinks=inputs.sinks, return_lse=True, **scales)
+    assert wrapper.kernel_choice.kernel == "fi_prefetch", wrapper.kernel_choice.reason
+    expect_close(on_cpu, out.cpu())
+    assert not bool(lse.cpu().isnan().any())
+
+
 def check_graph() -> None:
     """A replayed graph of calls that share a workspace and its counters."""
     inputs = build(Case(lens=(700, 33, 1), page=1))
@@ -94,12 +157,15 @@ def check_graph() -> None:
     assert all(same_bits(out, expected) for out in outs)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     passed = failed = 0
+    check = check_initialised if "--initcheck" in arguments else check_run
     checks: list[tuple[str, Callable[[], None]]] = [
-        (f"{case} {options}", lambda case=case, options=options: check_run(case, options)) for case, options in cases()
+        (f"{case} {options}", lambda case=case, options=options: check(case, options)) for case, options in cases()
     ]
-    for name, action in [*checks, ("graph", check_graph)]:
+    if check is check_run:  # a capture is not made to allocate with no cache of memory
+        checks.append(("graph", check_graph))
+    for name, action in checks:
         try:
             action()
             torch.cuda.synchronize()
@@ -113,4 +179,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
