@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -120,36 +122,63 @@ def info(as_json: bool) -> None:
 # ---- build ---------------------------------------------------------------------------------------------------------
 
 
+def check_architectures(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[str]:
+    """The architectures, each as FlashInfer's JIT writes them."""
+    for value in values:
+        if not re.fullmatch(r"\d+\.\d[af]?", value):
+            raise click.BadParameter(f"expected a compute capability as 9.0a or 8.0, got {value!r}")
+    return list(values)
+
+
 @main.command()
 @click.option(
-    "--arch", multiple=True, help='Compile for this architecture ("9.0a") instead of the GPUs here; repeatable.'
+    "--arch",
+    multiple=True,
+    callback=check_architectures,
+    help='Compile for this architecture ("9.0a") instead of the GPUs here; repeatable.',
 )
 @click.option("--only", default="", help="Compile the variants with this text in their names.")
 @click.option("--jobs", "-j", type=click.IntRange(1), default=4, show_default=True, help="Compilations at a time.")
-def build(arch: tuple[str, ...], only: str, jobs: int) -> None:
+@click.option(
+    "--aot",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Copy the libraries into this folder too; with FI_PREFETCH_AOT_DIR they serve where there is no nvcc.",
+)
+def build(arch: list[str], only: str, jobs: int, aot: Path | None) -> None:
     """Compile the kernel variants now rather than at first use."""
     from rich.progress import track
 
-    from .jit import KernelUnavailableError, all_variants, jit_spec
+    from . import jit
 
-    try:
-        specs = [jit_spec(variant, list(arch) or None) for variant in all_variants() if only in variant.name]
-    except KernelUnavailableError as error:
-        raise click.ClickException(str(error)) from error
-    if not specs:
+    variants = [variant for variant in jit.all_variants() if only in variant.name]
+    if not variants:
         raise click.ClickException(f"no variant has {only!r} in its name")
-    failed = []
+    failed: list[str] = []
     start = time.monotonic()
-    with ThreadPoolExecutor(jobs) as pool:
-        pending = {pool.submit(spec.build, verbose=False, need_lock=True): spec for spec in specs}
-        for done in track(as_completed(pending), description="compiling", total=len(pending), console=console):
-            error = done.exception()
-            if error is not None:
-                failed.append(pending[done].name)
-                console.print(f"[red]{pending[done].name}[/red]: {error}")
+    try:
+        # A library that leaves this machine says in its name what it is for; what stays is found without that.
+        architectures = arch or (jit.architectures_here() if aot is not None else [])
+        within = jit.target_architectures(architectures) if architectures else contextlib.nullcontext()
+        with within, ThreadPoolExecutor(jobs) as pool:
+            specs = [jit.jit_spec(variant, architectures or None) for variant in variants]
+            pending = {pool.submit(spec.build, verbose=False, need_lock=True): spec for spec in specs}
+            for done in track(as_completed(pending), description="compiling", total=len(pending), console=console):
+                spec, problem = pending[done], done.exception()
+                if problem is not None:
+                    failed.append(spec.name)
+                    console.print(f"[red]{spec.name}[/red]: {problem}")
+                elif aot is not None:
+                    aot.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(spec.get_library_path(), aot)
+    except jit.KernelUnavailableError as error:
+        raise click.ClickException(str(error)) from error
     console.print(f"{len(specs) - len(failed)} of {len(specs)} variants compiled in {time.monotonic() - start:.0f} s")
     if failed:
         raise click.ClickException(f"{len(failed)} variants could not be compiled")
+    if aot is not None:
+        size = sum((aot / f"{spec.name}.so").stat().st_size for spec in specs) / 1e6
+        console.print(f"{aot}: {len(specs)} libraries, {size:.1f} MB, for {', '.join(architectures)}")
+        console.print(f"where they are to serve: FI_PREFETCH_AOT_DIR={aot}")
 
 
 # ---- demo ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from fi_prefetch import __version__, cli, evidence, gpu_check
+from fi_prefetch import __version__, cli, evidence, gpu_check, jit
 from fi_prefetch.bench import environment
 from fi_prefetch.bench.shapes import MODELS, Shape, parse_lens
 from fi_prefetch.device import describe
@@ -77,6 +77,30 @@ def test_the_demo_says_when_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch
 )
 def test_what_needs_a_gpu_says_so(command: tuple[str, ...]) -> None:
     assert "needs a CUDA GPU" in fail(*command)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", "9", "9.0b", "90a"])
+def test_build_wants_architectures_as_the_compiler_does(architecture: str) -> None:
+    assert "9.0a" in fail("build", "--arch", architecture)
+
+
+def test_build_needs_something_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no variant has" in fail("build", "--only", "hd96")
+    with jit.target_architectures([]):
+        assert "--arch" in fail("build", "--aot", "kernels")
+
+
+def test_build_leaves_out_what_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Spec:
+        name = "a_variant"
+
+        def build(self, **_: bool) -> None:
+            raise RuntimeError("nvcc said no")
+
+    monkeypatch.setattr(jit, "jit_spec", lambda *_: Spec())
+    text = fail("build", "--arch", "9.0a", "--only", "hd128_swa0_cap0", "--aot", str(tmp_path / "kernels"))
+    assert "nvcc said no" in text and "could not be compiled" in text
+    assert not (tmp_path / "kernels").exists()
 
 
 def test_a_profile_needs_a_shape_and_a_profiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
