@@ -56,8 +56,7 @@ dist: $(VENV)/made-from
 	$(RUN)/python -m build
 
 # The site in build/docs. A warning is an error: a link that leads nowhere, a name that the API does not have.
-docs: $(VENV)/made-from
-	$(RUN)/pip install --quiet --editable '.[docs]'
+docs: $(VENV)/made-docs-from
 	$(RUN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 # After new measurements or a changed command line: the tables, plots, screens and pictures of README and docs/.
@@ -72,4 +71,8 @@ $(VENV)/made-from: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install $(TORCH)
 	$(RUN)/pip install --editable '.[test,plots]'
+	touch $@
+
+$(VENV)/made-docs-from: $(VENV)/made-from
+	$(RUN)/pip install --editable '.[docs]'
 	touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -28,14 +29,19 @@ BASELINE_NAMES = ("flashinfer_cuda_core", "flashinfer_fa2", "flashinfer_fa3", "f
 LAYER_BASELINES = ("flashinfer_fa2", "fa3")
 
 
-def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table whose first column is text and whose others are numbers."""
+def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> Table:
+    """A table whose first `words` columns are text and whose others are numbers."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number >= words else "left")
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def short(path: str) -> str:
+    """A path as one would type it."""
+    return path.replace(f"{Path.home()}/", "~/", 1) if path.startswith(f"{Path.home()}/") else path
 
 
 def checkout() -> Path:
@@ -98,6 +104,7 @@ def info(as_json: bool) -> None:
         "sources": f"{csrc_dir()} ({sources_hash()})",
         "cache": str(env.FLASHINFER_JIT_DIR),
         "compiled": compiled,
+        "compiled_ahead_in": os.environ.get("FI_PREFETCH_AOT_DIR"),
         "choices_for": facts_used.name,
         "choices": choices,
     }
@@ -110,7 +117,8 @@ def info(as_json: bool) -> None:
         lines.append(("", f"{found.sm_count} SMs, {found.l2_bytes >> 20} MiB of L2, read ceiling {ceiling}"))
     lines.append(("driver", report["driver"] or "none"))
     lines += [(name, value or "none") for name, value in report["versions"].items()]
-    lines += [("sources", report["sources"]), ("cache", report["cache"]), ("compiled variants", str(len(compiled)))]
+    lines += [("sources", short(report["sources"])), ("cache", short(report["cache"]))]
+    lines += [("compiled variants", str(len(compiled))), ("compiled ahead in", report["compiled_ahead_in"] or "nowhere")]
     console.print(table_of("fi_prefetch", ("", "value"), lines))
     suffix = "" if found is not None else " (no GPU here: as on this one)"
     rows = [(c["shape"], c["kernel"], c["levers"] or c["reason"]) for c in choices]
@@ -417,6 +425,8 @@ def bench(kind: str, **options: Any) -> None:
     """
     shapes, whole_grid = shapes_from(options)
     if options["estimate"]:
+        if kind != "grid":
+            raise click.UsageError(f"--estimate predicts the grid; {kind} has to be measured")
         _print_estimate(shapes, options["estimate"])
         return
     require_gpu()
@@ -429,8 +439,8 @@ def bench(kind: str, **options: Any) -> None:
     else:
         output = options["output"] or Path(f"fi_prefetch_{kind}.json")
     content = _run_job(job, output, options["resume"])
-    if kind == "grid":
-        _print_grid(content)
+    if content["rows"]:
+        _print_result(content)
     if kind == "grid" and options["plots"]:
         _draw(content, output.parent / "plots")
     console.print(f"{output}: {len(content['rows'])} rows, {len(content['failed'])} failed")
@@ -489,6 +499,17 @@ def _row_label(spec: dict[str, Any]) -> str:
 
     extra = f" window {spec['window_us']} us" if "window_us" in spec else ""
     return f"{spec.get('model', '')} {Shape.from_row(spec).label}{extra}".strip()
+
+
+def _print_result(content: dict[str, Any]) -> None:
+    """The tables of a result file of any kind; ValueError where it is none."""
+    from .bench.tables import kind_of, tables
+
+    if kind_of(content) == "grid":
+        _print_grid(content)
+        return
+    for table in tables(content):
+        console.print(table_of(f"{table.title} ({content['gpu']})", table.columns, table.rows, table.words))
 
 
 def _print_grid(content: dict[str, Any]) -> None:
@@ -590,13 +611,20 @@ def tune(resume: bool, budget_seconds: float | None) -> None:
 @click.argument("before", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("after", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare(before: Path, after: Path) -> None:
-    """Two grid result files against each other, shape by shape, with noise bands from each run's repeats."""
+    """Two result files of one kind against each other, row by row, with noise bands from each run's repeats."""
     from .bench import report
+    from .bench.tables import kind_of
 
     first, second = (json.loads(path.read_text()) for path in (before, after))
+    try:
+        kinds = kind_of(first), kind_of(second)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    if kinds[0] != kinds[1]:
+        raise click.ClickException(f"cannot compare a {kinds[0]} with a {kinds[1]} result")
     changes = report.compare(first, second)
     if not changes:
-        raise click.ClickException("the two files have no measured shape in common")
+        raise click.ClickException("the two files have nothing measured in common")
     rows = [
         (c.label, f"{c.before_us:.1f}", f"{c.after_us:.1f}", f"{c.factor:.3f}", f"{c.band:.3f}", c.verdict)
         for c in changes
@@ -605,7 +633,7 @@ def compare(before: Path, after: Path) -> None:
     mean = report.geometric_mean([change.factor for change in changes])
     verdicts = [change.verdict for change in changes]
     console.print(
-        f"geometric mean {mean:.3f} over {len(changes)} shapes: "
+        f"geometric mean {mean:.3f} over {len(changes)} times: "
         + ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("faster", "same", "slower"))
     )
 
@@ -614,9 +642,17 @@ def compare(before: Path, after: Path) -> None:
 @click.argument("result", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw the plots into this folder.")
 def report(result: Path, plots: Path | None) -> None:
-    """The tables of a grid result file, and its plots."""
+    """The tables of a result file, and a grid's plots."""
+    from .bench.tables import kind_of
+
     content = json.loads(result.read_text())
-    _print_grid(content)
+    try:
+        kind = kind_of(content)
+    except ValueError as error:
+        raise click.ClickException(f"{result}: {error}") from error
+    if plots is not None and kind != "grid":
+        raise click.UsageError(f"--plots draws a grid, and {result} is of `fi-prefetch bench {kind}`")
+    _print_result(content)
     if plots is not None:
         _draw(content, plots)
 

@@ -216,7 +216,7 @@ def slice_stream(sms: int) -> torch.cuda.Stream:
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.synchronize()  # the context must be there before it is cut
     try:
-        streams: list[Any]
+        streams: Any
         streams, _ = split_device_green_ctx_by_sm_count(device, [sms])
     except (RuntimeError, ValueError) as error:
         raise Unsupported(f"no green context of {sms} SMs: {error}") from error

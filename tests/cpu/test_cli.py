@@ -177,7 +177,7 @@ def test_compare_tells_faster_from_slower(tmp_path: Path) -> None:
     after = result_file(tmp_path / "b.json", {"1x2K": 5.0, "8x1K": 10.1, "64x2K": 12.0})
     text = succeed("compare", str(before), str(after))
     assert "1 faster, 1 same, 1 slower" in text
-    nothing = result_file(tmp_path / "c.json", {})
+    nothing = result_file(tmp_path / "c.json", {"256x512": 10.0})
     assert "in common" in fail("compare", str(before), str(nothing))
 
 
@@ -187,6 +187,28 @@ def test_report_prints_tables_and_draws(tmp_path: Path) -> None:
     assert "2.00x" in text and "geometric mean" in text
     assert "slower than flashinfer_fa2: 32/8 page 1 8x1K (0.80)" in text
     assert list((tmp_path / "plots").glob("*.png"))
+
+
+def test_report_and_compare_read_every_kind_of_file_and_no_other(tmp_path: Path) -> None:
+    levers = tmp_path / "prefetch.json"
+    shape = Shape(32, 8, 1, parse_lens("1x2K")).to_row()
+    times = {"off": 10.5, "auto": 10.4, "prologue": 10.3, "early_load": 7.8, "paper": 11.0, "run_ahead": 12.0}
+    rows = [{**shape, "us": times, "spread": {}, "levers": {}}]
+    levers.write_text(json.dumps({"gpu": "NVIDIA H200", "rows": rows}))
+    text = succeed("report", str(levers))
+    assert "Each lever alone" in text and "7.8" in text and "NVIDIA H200" in text
+    assert "6 same" in succeed("compare", str(levers), str(levers))
+    assert "draws a grid" in fail("report", str(levers), "--plots", str(tmp_path))
+    grid = result_file(tmp_path / "grid.json", {"1x2K": 10.0})
+    assert "a grid with a prefetch" in fail("compare", str(grid), str(levers))
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    assert "not a result file" in fail("report", str(other))
+    assert "not a result file" in fail("compare", str(other), str(grid))
+
+
+def test_only_the_grid_is_predicted() -> None:
+    assert "has to be measured" in fail("bench", "layer", "--estimate", "h200")
 
 
 # ---- evidence ------------------------------------------------------------------------------------------------------
