@@ -118,7 +118,10 @@ def info(as_json: bool) -> None:
     lines.append(("driver", report["driver"] or "none"))
     lines += [(name, value or "none") for name, value in report["versions"].items()]
     lines += [("sources", short(report["sources"])), ("cache", short(report["cache"]))]
-    lines += [("compiled variants", str(len(compiled))), ("compiled ahead in", report["compiled_ahead_in"] or "nowhere")]
+    lines += [
+        ("compiled variants", str(len(compiled))),
+        ("compiled ahead in", report["compiled_ahead_in"] or "nowhere"),
+    ]
     console.print(table_of("fi_prefetch", ("", "value"), lines))
     suffix = "" if found is not None else " (no GPU here: as on this one)"
     rows = [(c["shape"], c["kernel"], c["levers"] or c["reason"]) for c in choices]

@@ -43,9 +43,8 @@ class Table:
 
     def markdown(self) -> str:
         """The table as Markdown, without its title."""
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        return text.replace("| --- | ", "|---|").replace("--- | ", "---|").replace("--- |\n", "---|\n")
+        header, *rows = ("| " + " | ".join(line) + " |\n" for line in (self.columns, *self.rows))
+        return header + "|---" * len(self.columns) + "|\n" + "".join(rows)
 
 
 def kind_of(result: dict[str, Any]) -> str:
