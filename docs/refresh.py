@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fi_prefetch.bench import report, tables
+from fi_prefetch.cli import DRAWN_KINDS
 from fi_prefetch.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +90,7 @@ def section(folder: Path, stem: str, result: dict[str, Any]) -> list[str]:
         f"{result['flashinfer']}, driver {result['driver']}, {ceiling}; {state}.\n",
     ]
     kind = tables.kind_of(result)
-    if kind == "grid":
+    if kind in DRAWN_KINDS:
         for picture in sorted((PICTURES / folder.name / stem).glob("*.png"), key=lambda p: (p.stem[0] != "t", p.stem)):
             parts.append(f"![{picture.stem}]({picture.relative_to(DOCS).as_posix()})\n")
     # The long table of every shape comes last.
@@ -103,14 +104,10 @@ def section(folder: Path, stem: str, result: dict[str, Any]) -> list[str]:
 # ---- plots ---------------------------------------------------------------------------------------------------------
 
 
-def grids() -> list[Path]:
+def drawn() -> list[Path]:
     """The result files that have plots."""
-    return [path for folder in gpu_folders() for path in sorted(folder.glob("*.json")) if is_grid(path)]
-
-
-def is_grid(path: Path) -> bool:
-    """Whether a file has shapes against baselines."""
-    return tables.kind_of(load(path)) == "grid"
+    files = [path for folder in gpu_folders() for path in sorted(folder.glob("*.json"))]
+    return [path for path in files if tables.kind_of(load(path)) in DRAWN_KINDS]
 
 
 def plot_folder(result: Path) -> Path:
@@ -119,8 +116,8 @@ def plot_folder(result: Path) -> Path:
 
 
 def draw_plots() -> None:
-    """The plots of every grid, in place of those that were there."""
-    for path in grids():
+    """The plots of every grid and map, in place of those that were there."""
+    for path in drawn():
         shutil.rmtree(plot_folder(path), ignore_errors=True)
         report.plot(load(path), plot_folder(path))
 
@@ -164,6 +161,9 @@ def take_screens() -> None:
         for name, command in {**STEADY_SCREENS, **OTHER_SCREENS}.items():
             line = [sys.executable, "-W", "ignore", "-c", TAKE, str(SCREENS / f"{name}.svg"), *command.split()]
             subprocess.run(line, cwd=checkout, env=environment, check=True)
+            picture = SCREENS / f"{name}.svg"
+            # Rich's fonts are on a server of somebody else's; without them the reader's own monospace one serves.
+            picture.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture.read_text(), flags=re.DOTALL))
 
 
 # ---- pictures of how it works --------------------------------------------------------------------------------------

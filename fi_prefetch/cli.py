@@ -23,6 +23,7 @@ from . import __version__, evidence
 console = Console()
 
 BENCH_KINDS = ("grid", "prefetch", "layer", "window", "map", "plan_time")
+DRAWN_KINDS = ("grid", "map")
 # The baselines of bench/baselines.py; named here so that `--help` need not import FlashInfer.
 BASELINE_NAMES = ("flashinfer_cuda_core", "flashinfer_fa2", "flashinfer_fa3", "flashinfer_xqa", "fa3")
 # Those that are worth a place in a layer: the others are slower everywhere.
@@ -415,7 +416,9 @@ def find_model(name: str, ranks: int) -> Any:
 @click.option(
     "--stall-seconds", type=float, default=900.0, show_default=True, help="Give a silent kernel up after this."
 )
-@click.option("--plots/--no-plots", default=True, help="Draw the grid's plots beside the file (needs matplotlib).")
+@click.option(
+    "--plots/--no-plots", default=True, help="Draw the plots of a grid or a map beside the file (needs matplotlib)."
+)
 @click.option(
     "--estimate", type=click.Choice(("h100", "h200", "h20")), help="Predict for this GPU; nothing is measured."
 )
@@ -444,7 +447,7 @@ def bench(kind: str, **options: Any) -> None:
     content = _run_job(job, output, options["resume"])
     if content["rows"]:
         _print_result(content)
-    if kind == "grid" and options["plots"]:
+    if kind in DRAWN_KINDS and options["plots"]:
         _draw(content, output.parent / "plots")
     console.print(f"{output}: {len(content['rows'])} rows, {len(content['failed'])} failed")
     if not content["complete"]:
@@ -645,7 +648,7 @@ def compare(before: Path, after: Path) -> None:
 @click.argument("result", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw the plots into this folder.")
 def report(result: Path, plots: Path | None) -> None:
-    """The tables of a result file, and a grid's plots."""
+    """The tables of a result file, and a grid's or a map's plots."""
     from .bench.tables import kind_of
 
     content = json.loads(result.read_text())
@@ -653,8 +656,8 @@ def report(result: Path, plots: Path | None) -> None:
         kind = kind_of(content)
     except ValueError as error:
         raise click.ClickException(f"{result}: {error}") from error
-    if plots is not None and kind != "grid":
-        raise click.UsageError(f"--plots draws a grid, and {result} is of `fi-prefetch bench {kind}`")
+    if plots is not None and kind not in DRAWN_KINDS:
+        raise click.UsageError(f"--plots draws {' or '.join(DRAWN_KINDS)}, and {result} is {kind}")
     _print_result(content)
     if plots is not None:
         _draw(content, plots)

@@ -159,9 +159,10 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws time over KV bytes, and speed-ups over batch and length; returns the PNG files written to `folder`.
+    """Draws a grid's times over KV bytes and its speed-ups over batch and length, or a map's gain over bytes in flight.
 
-    Raises ImportError, saying what to install, where matplotlib is not there.
+    Returns the PNG files written to `folder`; none for other kinds of files. Raises ImportError, saying what to
+    install, where matplotlib is not there.
     """
     try:
         import matplotlib
@@ -169,7 +170,9 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
         raise ImportError("plots need matplotlib: pip install 'fi-prefetch[plots]'") from error
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in result["rows"] if row["fi_prefetch_us"] is not None]
+    if any("part" in row for row in result["rows"]):
+        return [_plot_map(result, folder / "gain_over_bytes_in_flight.png")]
+    rows = [row for row in result["rows"] if row.get("fi_prefetch_us") is not None]
     written = [_plot_times(rows, result, folder / "time_over_kv_bytes.png")] if rows else []
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -182,6 +185,26 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
         if len(members) > 1 and speedups(members):
             written.append(_plot_heat_map(speedups(members), result, title, folder / name))
     return written
+
+
+def _plot_map(result: dict[str, Any], path: Path) -> Path:
+    """What the paper's prefetch gains the paper's kernel, over the bytes that an SM waits for without it."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for sms in sorted({row["sms_used"] for row in result["rows"]} - {None}):
+        points = [
+            (row["bytes_in_flight"] / 1024, row["us"]["off"] / row["us"]["bulk_1"])
+            for row in result["rows"]
+            if row["sms_used"] == sms and row["us"].get("off") and row["us"].get("bulk_1")
+        ]
+        axes.scatter([x for x, _ in points], [y for _, y in points], s=20, label=f"{sms} SMs")
+    axes.axhline(1.0, color="k", linewidth=0.8)
+    axes.set(xscale="log", xlabel="KV in flight an SM without prefetch, KiB", ylabel="speed-up by the paper's prefetch")
+    axes.set_title(result["gpu"])
+    axes.legend()
+    _save(figure, path, result)
+    return path
 
 
 def _plot_times(rows: Sequence[Row], result: dict[str, Any], path: Path) -> Path:

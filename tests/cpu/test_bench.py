@@ -468,6 +468,22 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
         assert report.digest({**HEADER, "rows": rows}).encode() in path.read_bytes(), "whose numbers it shows"
 
 
+def test_a_map_is_drawn_and_gives_the_papers_table(tmp_path: Path) -> None:
+    shape = Shape(32, 8, 16, parse_lens("16x2K")).to_row()
+    rows = [
+        {**shape, "part": "table", "sms": sms, "sms_used": used, "most_resident": 0, "bytes_in_flight": flight}
+        | {"floor_us": 10.0, "us": {"off": 20.0, "bulk_1": 16.0}, "spread": {}}
+        for sms, used, flight in ((None, 132, 65536), (80, 80, 131072))
+    ]
+    rows.append({**rows[0], "sms_used": None, "bytes_in_flight": None, "us": {"off": None, "bulk_1": None}})
+    result = {**HEADER, "rows": rows}
+    assert tables.kind_of(result) == "map"
+    [table] = tables.tables(result)
+    assert [row[3:6] for row in table.rows] == [["20.0", "16.0", "1.25x"]] * 2 + [["-", "-", "-"]]
+    [picture] = report.plot(result, tmp_path)
+    assert report.digest(result).encode() in picture.read_bytes()
+
+
 # ---- predictions and explanations ----------------------------------------------------------------------------------
 
 

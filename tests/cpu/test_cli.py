@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from fi_prefetch import __version__, cli, evidence, gpu_check, jit
-from fi_prefetch.bench import environment
+from fi_prefetch import __version__, cli, evidence, gpu_check, jit, tune
+from fi_prefetch.bench import environment, runner, tuning
 from fi_prefetch.bench.shapes import MODELS, Shape, parse_lens
 from fi_prefetch.device import describe
 
@@ -198,7 +198,7 @@ def test_report_and_compare_read_every_kind_of_file_and_no_other(tmp_path: Path)
     text = succeed("report", str(levers))
     assert "Each lever alone" in text and "7.8" in text and "NVIDIA H200" in text
     assert "6 same" in succeed("compare", str(levers), str(levers))
-    assert "draws a grid" in fail("report", str(levers), "--plots", str(tmp_path))
+    assert "draws grid or map" in fail("report", str(levers), "--plots", str(tmp_path))
     grid = result_file(tmp_path / "grid.json", {"1x2K": 10.0})
     assert "a grid with a prefetch" in fail("compare", str(grid), str(levers))
     other = tmp_path / "other.json"
@@ -209,6 +209,31 @@ def test_report_and_compare_read_every_kind_of_file_and_no_other(tmp_path: Path)
 
 def test_only_the_grid_is_predicted() -> None:
     assert "has to be measured" in fail("bench", "layer", "--estimate", "h200")
+
+
+def test_tune_goes_on_where_it_stopped_and_leaves_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cli, "has_gpu", lambda: True)
+    monkeypatch.setattr(environment, "require_gpu", lambda: describe("NVIDIA H200", (9, 0), 132, 50 << 20))
+    specs = tuning.specs()
+    answers = [
+        {"complete": False, "rows": []},
+        {"complete": True, "rows": [{**spec, "us": 1.0 + spec["warps"]} for spec in specs]},
+    ]
+    resumed = []
+
+    def run(job: runner.Job, output: Path, resume: bool, progress: object) -> dict[str, object]:
+        assert (job.specs, output.parent) == (specs, tmp_path / "fi_prefetch" / "tuned")
+        resumed.append(resume)
+        return answers.pop(0)
+
+    monkeypatch.setattr(runner, "run", run)
+    assert "--resume" in fail("tune")
+    assert not tune.tuned_file("h200").exists()
+    assert "any" in succeed("tune", "--resume")
+    assert resumed == [False, True]
+    [rule] = tune.read_rules(tune.tuned_file("h200"))
+    assert rule.grid.warps == 2, "the fastest of what was measured"
 
 
 # ---- evidence ------------------------------------------------------------------------------------------------------

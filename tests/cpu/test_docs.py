@@ -59,7 +59,7 @@ def test_the_performance_page_is_that_of_the_result_files() -> None:
 
 def test_plots_show_the_numbers_of_the_result_files() -> None:
     pictures = set()
-    for path in refresh.grids():
+    for path in refresh.drawn():
         digest = report.digest(refresh.load(path)).encode()
         found = list(refresh.plot_folder(path).glob("*.png"))
         assert found, AGAIN
