@@ -134,7 +134,7 @@ STEADY_SCREENS = {
 OTHER_SCREENS = {
     "info": "info",
     "demo": "demo",
-    "build": "build --arch 9.0a --only q_bf16_kv_bf16_o_bf16_hd128 --aot kernels",
+    "build": "build --arch 9.0a --only q_bf16_kv_bf16_o_bf16_hd128_swa0_cap0 --aot kernels",
 }
 TAKE = f"""
 import io, sys

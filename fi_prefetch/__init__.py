@@ -54,13 +54,16 @@ def __getattr__(name: str) -> Any:
 
 
 def _version() -> str:
-    """What the installation says: the version comes from the repository's tag when a wheel is made."""
-    from importlib.metadata import PackageNotFoundError, version
+    """What the installation wrote beside this file, from the repository's tag.
 
+    Not what the installed metadata says: in a checkout that depends on the folder one starts in, and the names of
+    compiled kernels must not.
+    """
     try:
-        return version("fi-prefetch")
-    except PackageNotFoundError:  # sources on the path, not installed
+        from ._version import __version__
+    except ImportError:  # bare sources
         return "0+unknown"
+    return __version__
 
 
 def __dir__() -> list[str]:
