@@ -92,7 +92,7 @@ def section(folder: Path, stem: str, result: dict[str, Any]) -> list[str]:
     kind = tables.kind_of(result)
     if kind in DRAWN_KINDS:
         for picture in sorted((PICTURES / folder.name / stem).glob("*.png"), key=lambda p: (p.stem[0] != "t", p.stem)):
-            parts.append(f"![{picture.stem}]({picture.relative_to(DOCS).as_posix()})\n")
+            parts.append(f"![{picture.stem.replace('_', ' ')}]({picture.relative_to(DOCS).as_posix()})\n")
     # The long table of every shape comes last.
     for view in sorted(tables.OF_KIND[kind], key=lambda view: view == "times"):
         table = tables.VIEWS[view](result)

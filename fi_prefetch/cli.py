@@ -578,6 +578,7 @@ def _print_estimate(shapes: Sequence[Any], gpu: str) -> None:
     kind = "data sheet" if nominal else "measured"
     title = f"PREDICTION for {gpu.upper()}, us a call ({kind} read ceiling {ceiling:.0f} GB/s); nothing was measured"
     console.print(table_of(title, ("shape", "KV", "floor", "FlashInfer", "fi_prefetch"), rows))
+    console.print("Fitted to uniform batches on an H100: single shapes are off by up to a third, skewed ones by more.")
 
 
 @main.command()
