@@ -19,7 +19,7 @@ OLDEST_TESTS := 'tests/cpu/test_compile.py::test_instructions[sm90a-q_bf16_kv_bf
     tests/cpu/test_api.py tests/cpu/test_dispatch.py tests/cpu/test_jit.py tests/cpu/test_wrapper.py
 OLDEST_TOOLS := $(abspath $(VENV))/for-oldest-flashinfer
 
-.PHONY: demo test test-oldest test-gpu lint format wheel clean
+.PHONY: demo test test-oldest test-gpu lint format dist docs refresh clean
 
 demo: $(VENV)/made-from
 	$(RUN)/fi-prefetch demo
@@ -43,6 +43,7 @@ test-gpu: $(VENV)/made-from
 lint: $(VENV)/made-from
 	$(RUN)/ruff check
 	$(RUN)/ruff format --check
+	$(RUN)/mypy
 	$(RUN)/clang-format --dry-run --Werror $(CUDA_SOURCES)
 
 format: $(VENV)/made-from
@@ -50,8 +51,17 @@ format: $(VENV)/made-from
 	$(RUN)/ruff format
 	$(RUN)/clang-format -i $(CUDA_SOURCES)
 
-wheel: $(VENV)/made-from
-	$(RUN)/pip wheel --no-deps --wheel-dir dist .
+# Wheel and sdist in dist/, of the version that the tag says.
+dist: $(VENV)/made-from
+	$(RUN)/python -m build
+
+# The site in build/docs. A warning is an error: a link that leads nowhere, a name that the API does not have.
+docs: $(VENV)/made-docs-from
+	$(RUN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+
+# After new measurements or a changed command line: the tables, plots, screens and pictures of README and docs/.
+refresh: $(VENV)/made-from
+	$(RUN)/python docs/refresh.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tests/sglang/.venv
@@ -61,4 +71,8 @@ $(VENV)/made-from: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install $(TORCH)
 	$(RUN)/pip install --editable '.[test,plots]'
+	touch $@
+
+$(VENV)/made-docs-from: $(VENV)/made-from
+	$(RUN)/pip install --editable '.[docs]'
 	touch $@

@@ -11,9 +11,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
-
 if TYPE_CHECKING:
+    __version__: str
+
     from .decode import BatchDecodeWithPagedKVCacheWrapper, CUDAGraphBatchDecodeWithPagedKVCacheWrapper
     from .dispatch import KernelChoice
     from .patch import patch_flashinfer
@@ -43,12 +43,28 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
+def _version() -> str:
+    """What the installation wrote beside this file, from the repository's tag.
+
+    Not what the installed metadata says: in a checkout that depends on the folder one starts in, and the names of
+    compiled kernels must not.
+    """
+    try:
+        from ._version import __version__
+    except ImportError:  # bare sources
+        return "0+unknown"
+    return __version__
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, "__version__"})

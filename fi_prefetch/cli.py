@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -20,20 +23,26 @@ from . import __version__, evidence
 console = Console()
 
 BENCH_KINDS = ("grid", "prefetch", "layer", "window", "map", "plan_time")
+DRAWN_KINDS = ("grid", "map")
 # The baselines of bench/baselines.py; named here so that `--help` need not import FlashInfer.
 BASELINE_NAMES = ("flashinfer_cuda_core", "flashinfer_fa2", "flashinfer_fa3", "flashinfer_xqa", "fa3")
 # Those that are worth a place in a layer: the others are slower everywhere.
 LAYER_BASELINES = ("flashinfer_fa2", "fa3")
 
 
-def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table whose first column is text and whose others are numbers."""
+def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> Table:
+    """A table whose first `words` columns are text and whose others are numbers."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number >= words else "left")
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def short(path: str) -> str:
+    """A path as one would type it."""
+    return path.replace(f"{Path.home()}/", "~/", 1) if path.startswith(f"{Path.home()}/") else path
 
 
 def checkout() -> Path:
@@ -96,6 +105,7 @@ def info(as_json: bool) -> None:
         "sources": f"{csrc_dir()} ({sources_hash()})",
         "cache": str(env.FLASHINFER_JIT_DIR),
         "compiled": compiled,
+        "compiled_ahead_in": os.environ.get("FI_PREFETCH_AOT_DIR"),
         "choices_for": facts_used.name,
         "choices": choices,
     }
@@ -108,7 +118,11 @@ def info(as_json: bool) -> None:
         lines.append(("", f"{found.sm_count} SMs, {found.l2_bytes >> 20} MiB of L2, read ceiling {ceiling}"))
     lines.append(("driver", report["driver"] or "none"))
     lines += [(name, value or "none") for name, value in report["versions"].items()]
-    lines += [("sources", report["sources"]), ("cache", report["cache"]), ("compiled variants", str(len(compiled)))]
+    lines += [("sources", short(report["sources"])), ("cache", short(report["cache"]))]
+    lines += [
+        ("compiled variants", str(len(compiled))),
+        ("compiled ahead in", report["compiled_ahead_in"] or "nowhere"),
+    ]
     console.print(table_of("fi_prefetch", ("", "value"), lines))
     suffix = "" if found is not None else " (no GPU here: as on this one)"
     rows = [(c["shape"], c["kernel"], c["levers"] or c["reason"]) for c in choices]
@@ -120,36 +134,63 @@ def info(as_json: bool) -> None:
 # ---- build ---------------------------------------------------------------------------------------------------------
 
 
+def check_architectures(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[str]:
+    """The architectures, each as FlashInfer's JIT writes them."""
+    for value in values:
+        if not re.fullmatch(r"\d+\.\d[af]?", value):
+            raise click.BadParameter(f"expected a compute capability as 9.0a or 8.0, got {value!r}")
+    return list(values)
+
+
 @main.command()
 @click.option(
-    "--arch", multiple=True, help='Compile for this architecture ("9.0a") instead of the GPUs here; repeatable.'
+    "--arch",
+    multiple=True,
+    callback=check_architectures,
+    help='Compile for this architecture ("9.0a") instead of the GPUs here; repeatable.',
 )
 @click.option("--only", default="", help="Compile the variants with this text in their names.")
 @click.option("--jobs", "-j", type=click.IntRange(1), default=4, show_default=True, help="Compilations at a time.")
-def build(arch: tuple[str, ...], only: str, jobs: int) -> None:
+@click.option(
+    "--aot",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Copy the libraries into this folder too; with FI_PREFETCH_AOT_DIR they serve where there is no nvcc.",
+)
+def build(arch: list[str], only: str, jobs: int, aot: Path | None) -> None:
     """Compile the kernel variants now rather than at first use."""
     from rich.progress import track
 
-    from .jit import KernelUnavailableError, all_variants, jit_spec
+    from . import jit
 
-    try:
-        specs = [jit_spec(variant, list(arch) or None) for variant in all_variants() if only in variant.name]
-    except KernelUnavailableError as error:
-        raise click.ClickException(str(error)) from error
-    if not specs:
+    variants = [variant for variant in jit.all_variants() if only in variant.name]
+    if not variants:
         raise click.ClickException(f"no variant has {only!r} in its name")
-    failed = []
+    failed: list[str] = []
     start = time.monotonic()
-    with ThreadPoolExecutor(jobs) as pool:
-        pending = {pool.submit(spec.build, verbose=False, need_lock=True): spec for spec in specs}
-        for done in track(as_completed(pending), description="compiling", total=len(pending), console=console):
-            error = done.exception()
-            if error is not None:
-                failed.append(pending[done].name)
-                console.print(f"[red]{pending[done].name}[/red]: {error}")
+    try:
+        # A library that leaves this machine says in its name what it is for; what stays is found without that.
+        architectures = arch or (jit.architectures_here() if aot is not None else [])
+        within = jit.target_architectures(architectures) if architectures else contextlib.nullcontext()
+        with within, ThreadPoolExecutor(jobs) as pool:
+            specs = [jit.jit_spec(variant, architectures or None) for variant in variants]
+            pending = {pool.submit(spec.build, verbose=False, need_lock=True): spec for spec in specs}
+            for done in track(as_completed(pending), description="compiling", total=len(pending), console=console):
+                spec, problem = pending[done], done.exception()
+                if problem is not None:
+                    failed.append(spec.name)
+                    console.print(f"[red]{spec.name}[/red]: {problem}")
+                elif aot is not None:
+                    aot.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(spec.get_library_path(), aot)
+    except jit.KernelUnavailableError as error:
+        raise click.ClickException(str(error)) from error
     console.print(f"{len(specs) - len(failed)} of {len(specs)} variants compiled in {time.monotonic() - start:.0f} s")
     if failed:
         raise click.ClickException(f"{len(failed)} variants could not be compiled")
+    if aot is not None:
+        size = sum((aot / f"{spec.name}.so").stat().st_size for spec in specs) / 1e6
+        console.print(f"{aot}: {len(specs)} libraries, {size:.1f} MB, for {', '.join(architectures)}")
+        console.print(f"where they are to serve: FI_PREFETCH_AOT_DIR={aot}")
 
 
 # ---- demo ----------------------------------------------------------------------------------------------------------
@@ -390,7 +431,9 @@ def find_model(name: str, ranks: int) -> Any:
 @click.option(
     "--stall-seconds", type=float, default=900.0, show_default=True, help="Give a silent kernel up after this."
 )
-@click.option("--plots/--no-plots", default=True, help="Draw the grid's plots beside the file (needs matplotlib).")
+@click.option(
+    "--plots/--no-plots", default=True, help="Draw the plots of a grid or a map beside the file (needs matplotlib)."
+)
 @click.option(
     "--estimate", type=click.Choice(("h100", "h200", "h20")), help="Predict for this GPU; nothing is measured."
 )
@@ -403,6 +446,8 @@ def bench(kind: str, **options: Any) -> None:
     """
     shapes, whole_grid = shapes_from(options)
     if options["estimate"]:
+        if kind != "grid":
+            raise click.UsageError(f"--estimate predicts the grid; {kind} has to be measured")
         _print_estimate(shapes, options["estimate"])
         return
     require_gpu()
@@ -415,9 +460,9 @@ def bench(kind: str, **options: Any) -> None:
     else:
         output = options["output"] or Path(f"fi_prefetch_{kind}.json")
     content = _run_job(job, output, options["resume"])
-    if kind == "grid":
-        _print_grid(content)
-    if kind == "grid" and options["plots"]:
+    if content["rows"]:
+        _print_result(content)
+    if kind in DRAWN_KINDS and options["plots"]:
         _draw(content, output.parent / "plots")
     console.print(f"{output}: {len(content['rows'])} rows, {len(content['failed'])} failed")
     if not content["complete"]:
@@ -475,6 +520,17 @@ def _row_label(spec: dict[str, Any]) -> str:
 
     extra = f" window {spec['window_us']} us" if "window_us" in spec else ""
     return f"{spec.get('model', '')} {Shape.from_row(spec).label}{extra}".strip()
+
+
+def _print_result(content: dict[str, Any]) -> None:
+    """The tables of a result file of any kind; ValueError where it is none."""
+    from .bench.tables import kind_of, tables
+
+    if kind_of(content) == "grid":
+        _print_grid(content)
+        return
+    for table in tables(content):
+        console.print(table_of(f"{table.title} ({content['gpu']})", table.columns, table.rows, table.words))
 
 
 def _print_grid(content: dict[str, Any]) -> None:
@@ -537,6 +593,7 @@ def _print_estimate(shapes: Sequence[Any], gpu: str) -> None:
     kind = "data sheet" if nominal else "measured"
     title = f"PREDICTION for {gpu.upper()}, us a call ({kind} read ceiling {ceiling:.0f} GB/s); nothing was measured"
     console.print(table_of(title, ("shape", "KV", "floor", "FlashInfer", "fi_prefetch"), rows))
+    console.print("Fitted to uniform batches on an H100: single shapes are off by up to a third, skewed ones by more.")
 
 
 @main.command()
@@ -576,13 +633,20 @@ def tune(resume: bool, budget_seconds: float | None) -> None:
 @click.argument("before", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("after", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare(before: Path, after: Path) -> None:
-    """Two grid result files against each other, shape by shape, with noise bands from each run's repeats."""
+    """Two result files of one kind against each other, row by row, with noise bands from each run's repeats."""
     from .bench import report
+    from .bench.tables import kind_of
 
     first, second = (json.loads(path.read_text()) for path in (before, after))
+    try:
+        kinds = kind_of(first), kind_of(second)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    if kinds[0] != kinds[1]:
+        raise click.ClickException(f"cannot compare a {kinds[0]} with a {kinds[1]} result")
     changes = report.compare(first, second)
     if not changes:
-        raise click.ClickException("the two files have no measured shape in common")
+        raise click.ClickException("the two files have nothing measured in common")
     rows = [
         (c.label, f"{c.before_us:.1f}", f"{c.after_us:.1f}", f"{c.factor:.3f}", f"{c.band:.3f}", c.verdict)
         for c in changes
@@ -591,7 +655,7 @@ def compare(before: Path, after: Path) -> None:
     mean = report.geometric_mean([change.factor for change in changes])
     verdicts = [change.verdict for change in changes]
     console.print(
-        f"geometric mean {mean:.3f} over {len(changes)} shapes: "
+        f"geometric mean {mean:.3f} over {len(changes)} times: "
         + ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("faster", "same", "slower"))
     )
 
@@ -600,9 +664,17 @@ def compare(before: Path, after: Path) -> None:
 @click.argument("result", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw the plots into this folder.")
 def report(result: Path, plots: Path | None) -> None:
-    """The tables of a grid result file, and its plots."""
+    """The tables of a result file, and a grid's or a map's plots."""
+    from .bench.tables import kind_of
+
     content = json.loads(result.read_text())
-    _print_grid(content)
+    try:
+        kind = kind_of(content)
+    except ValueError as error:
+        raise click.ClickException(f"{result}: {error}") from error
+    if plots is not None and kind not in DRAWN_KINDS:
+        raise click.UsageError(f"--plots draws {' or '.join(DRAWN_KINDS)}, and {result} is {kind}")
+    _print_result(content)
     if plots is not None:
         _draw(content, plots)
 

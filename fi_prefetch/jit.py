@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import tvm_ffi
 from flashinfer.jit import core as flashinfer_jit
 from flashinfer.jit.cpp_ext import get_cuda_path
 
@@ -132,22 +133,43 @@ def sources_hash() -> str:
     return digest.hexdigest()[:8]
 
 
+_ARCHITECTURES_VARIABLE = "FLASHINFER_CUDA_ARCH_LIST"
 _architectures_lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def target_architectures(architectures: Sequence[str]) -> Iterator[None]:
     """Within the block FlashInfer's JIT compiles for these ("9.0a", "10.0a") and not for the GPUs it sees."""
-    targets = flashinfer_jit.current_compilation_context.TARGET_CUDA_ARCHS
+    targets: set[Any] = flashinfer_jit.current_compilation_context.TARGET_CUDA_ARCHS
     with _architectures_lock:
-        before = set(targets)
+        before, listed = set(targets), os.environ.get(_ARCHITECTURES_VARIABLE)
         targets.clear()
         targets.update((int(major), minor) for major, _, minor in (a.partition(".") for a in architectures))
+        # Building, it looks for them anew, and without a GPU finds them nowhere else.
+        os.environ.pop(_ARCHITECTURES_VARIABLE, None)
+        if architectures:
+            os.environ[_ARCHITECTURES_VARIABLE] = " ".join(architectures)
         try:
             yield
         finally:
             targets.clear()
             targets.update(before)
+            os.environ.pop(_ARCHITECTURES_VARIABLE, None)
+            if listed is not None:
+                os.environ[_ARCHITECTURES_VARIABLE] = listed
+
+
+def architectures_here() -> list[str]:
+    """What FlashInfer's JIT compiles for here, as "9.0a": FLASHINFER_CUDA_ARCH_LIST, else the GPUs there are.
+
+    Raises KernelUnavailableError where that is nothing.
+    """
+    targets = flashinfer_jit.current_compilation_context.TARGET_CUDA_ARCHS
+    if not targets:
+        raise KernelUnavailableError(
+            "no GPU architecture to compile for; without a GPU, say which with --arch, for example 9.0a"
+        )
+    return sorted(f"{major}.{minor}" for major, minor in targets)
 
 
 def jit_spec(variant: Variant, architectures: Sequence[str] | None = None) -> Any:
@@ -162,7 +184,7 @@ def jit_spec(variant: Variant, architectures: Sequence[str] | None = None) -> An
     """
     nvcc_path()
     if architectures is not None:
-        suffix = "_sm" + "_sm".join(a.replace(".", "") for a in architectures)
+        suffix = "".join("_sm" + a.replace(".", "") for a in architectures)
         with target_architectures(architectures):
             return _spec(variant, suffix)
     return _spec(variant, "")
@@ -178,7 +200,7 @@ def _spec(variant: Variant, suffix: str) -> Any:
             f"no GPU architecture to compile {variant.name} for ({error}); without a GPU of compute capability 8.0 or "
             'later, set FLASHINFER_CUDA_ARCH_LIST, for example to "9.0a"'
         ) from error
-    spec = flashinfer_jit.gen_jit_spec(
+    spec: Any = flashinfer_jit.gen_jit_spec(
         f"{variant.name}_{sources_hash()}{suffix}",
         [csrc_dir() / "decode.cu"],
         extra_cuda_cflags=[*arch_flags, *variant.macros()],
@@ -231,6 +253,23 @@ def nvcc_path() -> Path:
     return Path(nvcc)
 
 
+def compiled_ahead(folder: Path, variant: Variant) -> Path | None:
+    """The library of a variant that `fi-prefetch build --aot` left in a folder, if it has code for every GPU here."""
+    devices = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    name = f"{variant.name}_{sources_hash()}"
+    for path in sorted(folder.glob(f"{name}_sm*.so")):
+        architectures = path.stem.removeprefix(f"{name}_sm").split("_sm")
+        if all(any(_runs_on(architecture, device) for architecture in architectures) for device in devices):
+            return path
+    return None
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code for "90a", "80" or "120f" runs on a GPU: "a" is one GPU's, else later minors run it too."""
+    major, minor = divmod(int(architecture.rstrip("af")), 10)
+    return capability[0] == major and (capability[1] == minor if architecture.endswith("a") else capability[1] >= minor)
+
+
 _load_lock = threading.Lock()
 _locks: dict[Variant, threading.Lock] = {}
 _loaded: dict[Variant, Any] = {}
@@ -239,6 +278,8 @@ _failed: dict[Variant, KernelUnavailableError] = {}
 
 def load(variant: Variant) -> Any:
     """The compiled module of a variant: compiled when needed (about a minute), then kept for the process.
+
+    What FI_PREFETCH_AOT_DIR names is looked through first, and needs no compiler.
 
     Raises KernelUnavailableError where that fails. A failure is remembered: a server that plans every few
     milliseconds must not try to compile every few milliseconds.
@@ -262,7 +303,24 @@ def load(variant: Variant) -> Any:
 
 
 def _build_and_load(variant: Variant) -> Any:
-    spec = jit_spec(variant)
+    folder = os.environ.get("FI_PREFETCH_AOT_DIR")
+    if folder:
+        path = compiled_ahead(Path(folder), variant)
+        if path is not None:
+            try:
+                return tvm_ffi.load_module(str(path))
+            except Exception as error:  # the loader's own kinds
+                raise KernelUnavailableError(f"could not load {path}: {error}") from error
+        logger.warning("%s (FI_PREFETCH_AOT_DIR) has no %s for the GPUs here: compiling", folder, variant.name)
+    try:
+        spec = jit_spec(variant)
+    except KernelUnavailableError as error:
+        if not folder:
+            raise
+        raise KernelUnavailableError(
+            f"{folder} (FI_PREFETCH_AOT_DIR) has no {variant.name}_{sources_hash()} for the GPUs here, make it with "
+            f"this version's `fi-prefetch build --aot`; and to compile: {error}"
+        ) from error
     compiled = Path(spec.get_library_path()).exists()
     if not compiled:
         message = f"fi_prefetch: compiling {variant.name}, once for this machine (about a minute)"

@@ -17,7 +17,7 @@ import fi_prefetch
 
 from .inputs import WORKSPACE_BYTES, DecodeInputs
 
-Call = Callable[[int], None]
+Call = Callable[[int], object]
 Prepare = Callable[[DecodeInputs], Call]
 
 XQA_PAGE_SIZES = (16, 32, 64, 128)

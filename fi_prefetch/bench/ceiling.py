@@ -7,6 +7,8 @@ the fastest median counts: a ceiling is what reading can reach, and a poor reade
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from . import kernels
@@ -30,8 +32,12 @@ def read_ceiling_gbs(sm_count: int) -> float:
     size = min(BUFFER_BYTES, int(free * LARGEST_SHARE_OF_FREE)) & ~0xFFFFFF
     buffer, sink = random_bytes(size, device), torch.zeros(1, dtype=torch.int32, device=device)
     read = kernels.module().read
+
+    def read_once(grid: int, loads: int, _: int) -> None:
+        read(buffer, sink, grid, loads)
+
     fastest_us = min(
-        time_calls(lambda _, grid=sm_count * blocks, depth=loads: read(buffer, sink, grid, depth), 1, replays=5).us
+        time_calls(functools.partial(read_once, sm_count * blocks, loads), 1, replays=5).us
         for blocks in BLOCKS_PER_SM
         for loads in LOADS
     )

@@ -61,6 +61,7 @@ def decode_on_cpu(shape: Shape) -> CpuResult:
     start = time.perf_counter()
     out = wrapper.run(inputs.q, inputs.cache(0))
     elapsed = time.perf_counter() - start
+    assert isinstance(out, torch.Tensor)
     return CpuResult(shape, relative_error(out, attention(inputs)), elapsed * 1e3)
 
 

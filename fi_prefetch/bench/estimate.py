@@ -1,9 +1,8 @@
 """What a decode call should take on a GPU that is not here: a prediction, and marked as one wherever it is shown.
 
-The model: a call reads its KV at a share of the GPU's read ceiling, after a fixed cost. Its constants come from
-measurements on an H200 with KV cold in L2, uniform batches, bf16, page size 1: an untuned split-KV kernel of our kind
-took 5 us and read at 94 %, the best of FlashInfer's backends 10 us and 93 %, for fp8 KV 52 %. Our share for fp8 KV is a
-guess, the same as for bf16. Skewed batches cost FlashInfer more than this says.
+The model: a call reads its KV at a share of the GPU's read ceiling, after a fixed cost. Its constants are fitted to the
+uniform batches in benchmarks/results/h100/, ours and the best of FlashInfer's at each shape; that they are the same on
+other Hopper GPUs is assumed. Single shapes are off by up to a third, and skewed batches are not in it.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from .shapes import Shape
 GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200", "h20": "NVIDIA H20"}
 _HOPPER = ((9, 0), 132, 60 << 20)
 
-OUR_FIXED_US, OUR_SHARE = 5.0, 0.94
-THEIR_FIXED_US, THEIR_SHARE, THEIR_FP8_SHARE = 10.0, 0.93, 0.52
+# By whether KV is fp8: microseconds, and the share of the read ceiling.
+OURS = {False: (7.8, 0.98), True: (7.9, 0.92)}
+THEIRS = {False: (8.3, 0.95), True: (10.2, 0.63)}
 
 
 @dataclass(frozen=True)
@@ -44,5 +44,6 @@ def estimate(shape: Shape, gpu: str) -> Estimate:
     """The prediction for a shape on "h100", "h200" or "h20"."""
     ceiling, nominal = read_ceiling_gbs(gpu)
     floor = shape.kv_bytes / ceiling / 1e3
-    their_share = THEIR_SHARE if shape.kv_dtype == shape.q_dtype else THEIR_FP8_SHARE
-    return Estimate(floor, OUR_FIXED_US + floor / OUR_SHARE, THEIR_FIXED_US + floor / their_share, nominal)
+    fp8 = shape.kv_dtype != shape.q_dtype
+    ours, theirs = (fixed + floor / share for fixed, share in (by_dtype[fp8] for by_dtype in (OURS, THEIRS)))
+    return Estimate(floor, ours, theirs, nominal)

@@ -60,6 +60,7 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
         timing, error = verified_timing(inputs, call)
         return timing, error, time_calls(call, 1) if context.options.get("warm") else None
 
+    candidates: dict[str, Callable[[], Call]]
     candidates = {name: functools.partial(BASELINES[name], inputs) for name in context.options["baselines"]}
     for name, prepare in {**candidates, "fi_prefetch": ours}.items():
         result, reason = context.attempt(name, functools.partial(timed, prepare))

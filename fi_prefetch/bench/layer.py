@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fi_prefetch.prefetch import PrefetchPolicy
 
 from . import kernels
-from .baselines import BASELINES, Call, prepare_ours
+from .baselines import BASELINES, Call, Prepare, prepare_ours
 from .inputs import DecodeInputs
 from .prefetch import POLICIES
 from .shapes import MODELS, Model, parse_lens
@@ -133,6 +133,9 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
         _, call = prepare_ours(inputs, policy, ready, enable_pdl=dependent)
         return time(call, dependent)
 
+    def theirs(prepare: Prepare) -> Timing:
+        return time(prepare(inputs), True)
+
     without = {trigger: time(None, trigger).us for trigger in (False, True)}
     row: dict[str, Any] = {
         **spec,
@@ -149,7 +152,7 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
         name: (functools.partial(ours, *variant), variant[2]) for name, variant in VARIANTS.items()
     }
     for name in context.options["baselines"]:
-        candidates[name] = (lambda prepare=BASELINES[name]: time(prepare(inputs), True), True)
+        candidates[name] = (functools.partial(theirs, BASELINES[name]), True)
     for name, (action, trigger) in candidates.items():
         timing, reason = context.attempt(name, action)
         if timing is None:

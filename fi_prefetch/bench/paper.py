@@ -68,7 +68,7 @@ BESIDE = ("fi_prefetch", "flashinfer_fa2", "fa3")
 def jit_spec() -> Any:
     """FlashInfer's JitSpec of the paper's kernel: one library with every dtype, head_dim and prefetch."""
     csrc = jit.csrc_dir()
-    spec = gen_jit_spec(
+    spec: Any = gen_jit_spec(
         f"fi_prefetch_paper_{jit.sources_hash()}", [csrc / "xformers_decode.cu"], extra_include_paths=[csrc]
     )
     # FlashInfer's default; the kernel says itself where it approximates.
@@ -216,6 +216,7 @@ def slice_stream(sms: int) -> torch.cuda.Stream:
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.synchronize()  # the context must be there before it is cut
     try:
+        streams: Any
         streams, _ = split_device_green_ctx_by_sm_count(device, [sms])
     except (RuntimeError, ValueError) as error:
         raise Unsupported(f"no green context of {sms} SMs: {error}") from error

@@ -16,7 +16,7 @@ from .worker import Context
 
 __all__ = ["POLICIES", "measure", "specs"]
 
-_ALONE = {"run_ahead": 0, "prologue": 0, "early_load": False, "streaming_hint": False}
+_ALONE: dict[str, Any] = {"run_ahead": 0, "prologue": 0, "early_load": False, "streaming_hint": False}
 
 # Name in the file -> policy, and what is promised to be final when the kernel starts. Each lever alone, and together.
 # "off" is measured first and last: the difference is what the clocks did meanwhile.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,7 +96,7 @@ def losses(found: Sequence[Speedup], below: float = 1.0 - NOISE) -> list[Speedup
 
 @dataclass(frozen=True)
 class Change:
-    """One shape in two runs: `factor` is the first time over the second, `band` what repeats of one run differ by."""
+    """One time in two runs: `factor` is the first over the second, `band` what repeats of one run differ by."""
 
     label: str
     before_us: float
@@ -110,18 +112,46 @@ class Change:
         return "faster" if self.factor > 1.0 else "slower"
 
 
+def row_label(row: Row) -> str:
+    """What a row of any kind of file was measured on."""
+    shape = Shape.from_row(row)
+    parts = [row.get("model", ""), shape.label, "" if shape.q_dtype == "bfloat16" else f"q {shape.q_dtype}"]
+    parts += [
+        f"{name} {row[name]}"
+        for name in ("tensor_parallel", "window_us", "part", "sms", "most_resident")
+        if name in row
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def times_of(row: Row) -> dict[str, tuple[float, float]]:
+    """What a row of any kind of file says that we took: by label, microseconds and how far repeats lie apart."""
+    spread, label = row.get("spread", {}), row_label(row)
+    if "baselines_us" in row:
+        found = {label: (row["fi_prefetch_us"], spread.get("fi_prefetch", 0.0))}
+    elif "attention_us" in row:
+        # The repeats are of a whole layer; what attention costs is a difference, so its band is wider.
+        found = {
+            f"{label}: {name}": (time, spread.get(name, 0.0) * row["us"][name] / time if time else 0.0)
+            for name, time in row["attention_us"].items()
+        }
+    elif "us" in row:
+        found = {f"{label}: {name}": (time, spread.get(name, 0.0)) for name, time in row["us"].items()}
+    else:
+        found = {f"{label}: {name}": (row.get(name), 0.0) for name in ("off_us", "on_us", "warm_us")}
+    return {name: (time, band) for name, (time, band) in found.items() if time is not None and time > 0}
+
+
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """The shapes that both results have, in the first one's order. The band is at least NOISE."""
-    later = {Shape.from_row(row): row for row in after["rows"]}
+    """The times that both results have, in the first one's order. The band is at least NOISE."""
+    later = {name: value for row in after["rows"] for name, value in times_of(row).items()}
     changes = []
     for row in before["rows"]:
-        shape = Shape.from_row(row)
-        other = later.get(shape)
-        if other is None or row["fi_prefetch_us"] is None or other["fi_prefetch_us"] is None:
-            continue
-        band = max(NOISE, *(one.get("spread", {}).get("fi_prefetch", 0.0) for one in (row, other)))
-        first, second = row["fi_prefetch_us"], other["fi_prefetch_us"]
-        changes.append(Change(shape.label, first, second, first / second, band))
+        for name, (first, first_spread) in times_of(row).items():
+            if name in later:
+                second, second_spread = later[name]
+                band = max(NOISE, first_spread, second_spread)
+                changes.append(Change(name, first, second, first / second, band))
     return changes
 
 
@@ -129,9 +159,10 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws time over KV bytes, and speed-ups over batch and length; returns the PNG files written to `folder`.
+    """Draws a grid's times over KV bytes and its speed-ups over batch and length, or a map's gain over bytes in flight.
 
-    Raises ImportError, saying what to install, where matplotlib is not there.
+    Returns the PNG files written to `folder`; none for other kinds of files. Raises ImportError, saying what to
+    install, where matplotlib is not there.
     """
     try:
         import matplotlib
@@ -139,7 +170,9 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
         raise ImportError("plots need matplotlib: pip install 'fi-prefetch[plots]'") from error
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in result["rows"] if row["fi_prefetch_us"] is not None]
+    if any("part" in row for row in result["rows"]):
+        return [_plot_map(result, folder / "gain_over_bytes_in_flight.png")]
+    rows = [row for row in result["rows"] if row.get("fi_prefetch_us") is not None]
     written = [_plot_times(rows, result, folder / "time_over_kv_bytes.png")] if rows else []
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -148,33 +181,56 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
             groups.setdefault(key, []).append(row)
     for (heads_q, heads_kv, dim, page, dtype), members in groups.items():
         name = f"speedup_{heads_q}_{heads_kv}_dim{dim}_page{page}_{dtype}.png"
-        title = f"{heads_q}/{heads_kv} heads, page {page}, {dtype}, {result['gpu']}"
+        title = f"speed-up, {heads_q}/{heads_kv} heads, page {page}, {dtype}\n{result['gpu']}"
         if len(members) > 1 and speedups(members):
-            written.append(_plot_heat_map(speedups(members), title, folder / name))
+            written.append(_plot_heat_map(speedups(members), result, title, folder / name))
     return written
 
 
-def _plot_times(rows: Sequence[Row], result: dict[str, Any], path: Path) -> Path:
+def _plot_map(result: dict[str, Any], path: Path) -> Path:
+    """What the paper's prefetch gains the paper's kernel, over the bytes that an SM waits for without it."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    bytes_read = [row["kv_bytes"] for row in rows]
-    best = [(row["kv_bytes"], best_baseline(row, False)) for row in rows]
-    known = [(size, found[1]) for size, found in best if found is not None]
-    axes.scatter([size for size, _ in known], [time for _, time in known], s=18, label="best baseline", marker="x")
-    axes.scatter(bytes_read, [row["fi_prefetch_us"] for row in rows], s=14, label="fi_prefetch")
-    ends = [min(bytes_read), max(bytes_read)]
-    ceiling = result["read_ceiling_gbs"]
-    axes.plot(ends, [size / ceiling / 1e3 for size in ends], "k--", label=f"floor at {ceiling / 1e3:.2f} TB/s")
-    axes.set(xscale="log", yscale="log", xlabel="KV a call, bytes", ylabel="time, us", title=result["gpu"])
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for sms in sorted({row["sms_used"] for row in result["rows"]} - {None}):
+        points = [
+            (row["bytes_in_flight"] / 1024, row["us"]["off"] / row["us"]["bulk_1"])
+            for row in result["rows"]
+            if row["sms_used"] == sms and row["us"].get("off") and row["us"].get("bulk_1")
+        ]
+        axes.scatter([x for x, _ in points], [y for _, y in points], s=20, label=f"{sms} SMs")
+    axes.axhline(1.0, color="k", linewidth=0.8)
+    axes.set(xscale="log", xlabel="KV in flight an SM without prefetch, KiB", ylabel="speed-up by the paper's prefetch")
+    axes.set_title(result["gpu"])
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    _save(figure, path, result)
     return path
 
 
-def _plot_heat_map(found: Sequence[Speedup], title: str, path: Path) -> Path:
+def _plot_times(rows: Sequence[Row], result: dict[str, Any], path: Path) -> Path:
+    """Two panels over the bytes of KV: the time with its floor, and the rate of reading with its ceiling."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
+    ceiling = result["read_ceiling_gbs"]
+    best = [(row["kv_bytes"], found[1]) for row in rows if (found := best_baseline(row, False)) is not None]
+    ours = [(row["kv_bytes"], row["fi_prefetch_us"]) for row in rows]
+    for points, label, marker in ((best, "best baseline", "x"), (ours, "fi_prefetch", ".")):
+        sizes = [size for size, _ in points]
+        left.scatter(sizes, [time for _, time in points], s=30, marker=marker, label=label)
+        right.scatter(sizes, [size / time / 1e6 for size, time in points], s=30, marker=marker, label=label)
+    ends = [min(size for size, _ in ours), max(size for size, _ in ours)]
+    left.plot(ends, [size / ceiling / 1e3 for size in ends], "k--", label="floor: KV bytes / read ceiling")
+    left.set(xscale="log", yscale="log", xlabel="KV a call, bytes", ylabel="time, us", title=result["gpu"])
+    right.axhline(ceiling / 1e3, color="k", linestyle="--", label=f"read ceiling, measured: {ceiling / 1e3:.2f} TB/s")
+    right.set(xscale="log", ylim=(0, None), xlabel="KV a call, bytes", ylabel="KV read, TB/s", title=result["gpu"])
+    left.legend()
+    right.legend()
+    _save(figure, path, result)
+    return path
+
+
+def _plot_heat_map(found: Sequence[Speedup], result: dict[str, Any], title: str, path: Path) -> Path:
     from matplotlib import pyplot
 
     cells = {tuple(speedup.row["kv_lens"][0]): speedup.factor for speedup in found}
@@ -190,10 +246,21 @@ def _plot_heat_map(found: Sequence[Speedup], title: str, path: Path) -> Path:
         for x, value in enumerate(row):
             if not math.isnan(value):
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    _save(figure, path, result)
     return path
+
+
+def digest(result: dict[str, Any]) -> str:
+    """Tells one result from another; a plot carries it, so that a plot of older numbers is found."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def _save(figure: Any, path: Path, result: dict[str, Any]) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=100, metadata={"Source": digest(result), "Software": None})
+    pyplot.close(figure)
 
 
 # ---- rows in words -------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def time_graph(graph: torch.cuda.CUDAGraph, calls: int, replays: int = REPLAYS) 
     return summarise([a.elapsed_time(b) * 1000.0 / calls for a, b in zip(marks[:-1], marks[1:], strict=True)])
 
 
-def time_calls(call: Callable[[int], None], copies: int, replays: int = REPLAYS) -> Timing:
+def time_calls(call: Callable[[int], object], copies: int, replays: int = REPLAYS) -> Timing:
     """Time of `call(i)`, which works on cache i of `copies`. With one copy the KV stays in L2 where it fits: warm."""
     for _ in range(2):
         call(0)

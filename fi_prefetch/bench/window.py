@@ -7,6 +7,7 @@ is a step less the idle kernel alone, all in CUDA graphs over rotating caches.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,9 +53,8 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
     idle_us = _time(lambda: _idle(inputs.out, nanoseconds, steps), steps) if nanoseconds else 0.0
     row: dict[str, Any] = {**spec, "floor_us": round(context.floor_us(shape.kv_bytes), 3), "idle_us": round(idle_us, 3)}
     for name, prefetch in (("off_us", False), ("on_us", True), ("off_again_us", False)):
-        value, reason = context.attempt(
-            name, lambda on=prefetch: _time(lambda: _steps(wrapper, inputs, call, nanoseconds, steps, on), steps)
-        )
+        timed_steps = functools.partial(_steps, wrapper, inputs, call, nanoseconds, steps, prefetch)
+        value, reason = context.attempt(name, functools.partial(_time, timed_steps, steps))
         row[name] = None if value is None else round(value - idle_us, 3)
         if reason:
             row.setdefault("missing", {})[name] = reason

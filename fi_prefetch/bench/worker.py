@@ -7,6 +7,7 @@ row are measured in one process.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import json
@@ -143,7 +144,7 @@ def main() -> None:
             if number in done:
                 continue
             context.start_row(number)
-            row, reason = context.attempt("", lambda spec=spec: measure(spec, context))
+            row, reason = context.attempt("", functools.partial(measure, spec, context))
             if row is None:
                 context.emit("row_failed", row=number, reason=reason)
             else:

@@ -41,6 +41,8 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
     be found out while serving.
     """
 
+    decode_wrappers: list[Any]
+
     def __init__(self, runner: Any) -> None:
         super().__init__(runner, init_new_workspace=runner.init_new_workspace)
         self._check_kv_access(runner.server_args)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from fi_prefetch import __version__, cli, evidence, gpu_check
-from fi_prefetch.bench import environment
+from fi_prefetch import __version__, cli, evidence, gpu_check, jit, tune
+from fi_prefetch.bench import environment, runner, tuning
 from fi_prefetch.bench.shapes import MODELS, Shape, parse_lens
 from fi_prefetch.device import describe
 
@@ -77,6 +77,30 @@ def test_the_demo_says_when_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch
 )
 def test_what_needs_a_gpu_says_so(command: tuple[str, ...]) -> None:
     assert "needs a CUDA GPU" in fail(*command)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", "9", "9.0b", "90a"])
+def test_build_wants_architectures_as_the_compiler_does(architecture: str) -> None:
+    assert "9.0a" in fail("build", "--arch", architecture)
+
+
+def test_build_needs_something_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no variant has" in fail("build", "--only", "hd96")
+    with jit.target_architectures([]):
+        assert "--arch" in fail("build", "--aot", "kernels")
+
+
+def test_build_leaves_out_what_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Spec:
+        name = "a_variant"
+
+        def build(self, **_: bool) -> None:
+            raise RuntimeError("nvcc said no")
+
+    monkeypatch.setattr(jit, "jit_spec", lambda *_: Spec())
+    text = fail("build", "--arch", "9.0a", "--only", "hd128_swa0_cap0", "--aot", str(tmp_path / "kernels"))
+    assert "nvcc said no" in text and "could not be compiled" in text
+    assert not (tmp_path / "kernels").exists()
 
 
 def test_a_profile_needs_a_shape_and_a_profiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -153,7 +177,7 @@ def test_compare_tells_faster_from_slower(tmp_path: Path) -> None:
     after = result_file(tmp_path / "b.json", {"1x2K": 5.0, "8x1K": 10.1, "64x2K": 12.0})
     text = succeed("compare", str(before), str(after))
     assert "1 faster, 1 same, 1 slower" in text
-    nothing = result_file(tmp_path / "c.json", {})
+    nothing = result_file(tmp_path / "c.json", {"256x512": 10.0})
     assert "in common" in fail("compare", str(before), str(nothing))
 
 
@@ -163,6 +187,53 @@ def test_report_prints_tables_and_draws(tmp_path: Path) -> None:
     assert "2.00x" in text and "geometric mean" in text
     assert "slower than flashinfer_fa2: 32/8 page 1 8x1K (0.80)" in text
     assert list((tmp_path / "plots").glob("*.png"))
+
+
+def test_report_and_compare_read_every_kind_of_file_and_no_other(tmp_path: Path) -> None:
+    levers = tmp_path / "prefetch.json"
+    shape = Shape(32, 8, 1, parse_lens("1x2K")).to_row()
+    times = {"off": 10.5, "auto": 10.4, "prologue": 10.3, "early_load": 7.8, "paper": 11.0, "run_ahead": 12.0}
+    rows = [{**shape, "us": times, "spread": {}, "levers": {}}]
+    levers.write_text(json.dumps({"gpu": "NVIDIA H200", "rows": rows}))
+    text = succeed("report", str(levers))
+    assert "Each lever alone" in text and "7.8" in text and "NVIDIA H200" in text
+    assert "6 same" in succeed("compare", str(levers), str(levers))
+    assert "draws grid or map" in fail("report", str(levers), "--plots", str(tmp_path))
+    grid = result_file(tmp_path / "grid.json", {"1x2K": 10.0})
+    assert "a grid with a prefetch" in fail("compare", str(grid), str(levers))
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    assert "not a result file" in fail("report", str(other))
+    assert "not a result file" in fail("compare", str(other), str(grid))
+
+
+def test_only_the_grid_is_predicted() -> None:
+    assert "has to be measured" in fail("bench", "layer", "--estimate", "h200")
+
+
+def test_tune_goes_on_where_it_stopped_and_leaves_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cli, "has_gpu", lambda: True)
+    monkeypatch.setattr(environment, "require_gpu", lambda: describe("NVIDIA H200", (9, 0), 132, 50 << 20))
+    specs = tuning.specs()
+    answers = [
+        {"complete": False, "rows": []},
+        {"complete": True, "rows": [{**spec, "us": 1.0 + spec["warps"]} for spec in specs]},
+    ]
+    resumed = []
+
+    def run(job: runner.Job, output: Path, resume: bool, progress: object) -> dict[str, object]:
+        assert (job.specs, output.parent) == (specs, tmp_path / "fi_prefetch" / "tuned")
+        resumed.append(resume)
+        return answers.pop(0)
+
+    monkeypatch.setattr(runner, "run", run)
+    assert "--resume" in fail("tune")
+    assert not tune.tuned_file("h200").exists()
+    assert "any" in succeed("tune", "--resume")
+    assert resumed == [False, True]
+    [rule] = tune.read_rules(tune.tuned_file("h200"))
+    assert rule.grid.warps == 2, "the fastest of what was measured"
 
 
 # ---- evidence ------------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ Where there is no nvcc these tests fail: a kernel that nobody compiled is not kn
 from __future__ import annotations
 
 import functools
+import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,10 +111,8 @@ class Compiled:
 def compiled(case: Case) -> Compiled:
     """Compiled, linked and loaded; from FlashInfer's cache where nothing changed since."""
     spec = jit.jit_spec(case.variant, architectures=(case.architecture,))
-    spec.extra_cuda_cflags.append("-Werror=all-warnings")
-    with pytest.MonkeyPatch.context() as environment:
-        # Without a GPU FlashInfer compiles nothing, not even for a given architecture, unless this is set.
-        environment.setenv("FLASHINFER_CUDA_ARCH_LIST", case.architecture)
+    with pytest.MonkeyPatch.context() as environment, jit.target_architectures([case.architecture]):
+        environment.setenv("NVCC_APPEND_FLAGS", "-Werror=all-warnings")
         module = spec.build_and_load()
     decode, window = {}, []
     for (architecture, name), kernel in kernels(spec.get_library_path()).items():
@@ -232,6 +232,53 @@ def test_fp8_is_widened_by_the_hardware_that_can(case):
     widening = [kernel.count("F2FP", "UNPACK_B") for kernel in compiled(case).decode.values()]
     fp8 = case.variant.dtype_kv.itemsize == 1
     assert [number > 0 for number in widening] == 2 * [fp8 and case.compute >= 89]
+
+
+WITHOUT_NVCC = """
+import shutil, sys, torch
+from fi_prefetch import jit
+assert shutil.which("nvcc") is None
+try:
+    jit.nvcc_path()
+except jit.KernelUnavailableError:
+    pass
+else:
+    raise AssertionError("there is a compiler")
+variant = next(variant for variant in jit.all_variants() if variant.name == sys.argv[1])
+print([jit.load(variant).get_function(name) is not None for name in ("plan", "run")])
+other = variant._replace(sliding_window=True)
+try:
+    jit.load(other)
+except jit.KernelUnavailableError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("case", CASES[:1])
+def test_what_was_compiled_ahead_is_loaded_where_there_is_no_nvcc(case, tmp_path):
+    """Up to the loaded module: `fi-prefetch build --aot`, then a process that finds no compiler and an empty cache."""
+    # The oldest FlashInfer's environment, in which some of this file runs, has not all that the command line needs.
+    from click.testing import CliRunner
+
+    from fi_prefetch import cli
+
+    compiled(case)  # so that the command finds it compiled
+    kernels_folder, nothing = tmp_path / "kernels", tmp_path / "nothing"
+    command = ["build", "--arch", case.architecture, "--only", case.variant.name, "--aot", str(kernels_folder)]
+    built = CliRunner().invoke(cli.main, command)
+    assert built.exit_code == 0, built.output
+    [library] = kernels_folder.iterdir()
+    assert library.name == f"{case.variant.name}_{jit.sources_hash()}_sm{case.architecture.replace('.', '')}.so"
+
+    kept = {name: value for name, value in os.environ.items() if name not in ("FLASHINFER_NVCC", "CUDA_PATH")}
+    places = dict.fromkeys(("PATH", "CUDA_HOME", "FLASHINFER_WORKSPACE_BASE"), str(nothing))
+    command = [sys.executable, "-c", WITHOUT_NVCC, case.variant.name]
+    environment = {**kept, **places, "FI_PREFETCH_AOT_DIR": str(kernels_folder)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded, missing = done.stdout.splitlines()
+    assert loaded == "[True, True]"
+    assert "fi-prefetch build --aot" in missing and "no CUDA compiler" in missing
 
 
 @pytest.mark.parametrize("source", ["fi_prefetch/bench/kernels.cu", "tests/gpu/late_writes.cu"])

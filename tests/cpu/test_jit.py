@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -146,6 +147,90 @@ def test_a_failure_is_remembered(monkeypatch, nothing_loaded, tmp_path):
         with pytest.raises(jit.KernelUnavailableError, match="Read-only file system"):
             jit.load(VARIANT)
     assert spec.builds == 1
+
+
+# ---- compiled ahead ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ahead(tmp_path, monkeypatch, nothing_loaded):
+    """Puts a library into a folder that FI_PREFETCH_AOT_DIR names, beside the GPUs given; there is no compiler."""
+    folder = tmp_path / "ahead"
+    folder.mkdir()
+    monkeypatch.setenv("FI_PREFETCH_AOT_DIR", str(folder))
+    monkeypatch.setenv("FLASHINFER_NVCC", str(tmp_path / "missing"))
+    monkeypatch.setattr(jit.tvm_ffi, "load_module", Path)
+
+    def make(architectures: str, *devices: tuple[int, int], digest: str | None = None) -> Path:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", devices.__getitem__)
+        path = folder / f"{VARIANT.name}_{digest or jit.sources_hash()}_{architectures}.so"
+        path.write_text("machine code")
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("architectures", "devices"),
+    [
+        ("sm90a", [(9, 0)]),
+        ("sm90a", []),
+        ("sm80_sm90a", [(9, 0), (8, 0), (8, 9)]),
+        ("sm120f", [(12, 1)]),
+        ("sm100a_sm103a", [(10, 3)]),
+    ],
+)
+def test_a_library_with_code_for_every_gpu_is_loaded_without_a_compiler(ahead, architectures, devices, capsys):
+    path = ahead(architectures, *devices)
+    assert jit.load(VARIANT) == path
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("architectures", "device"),
+    [("sm90a", (8, 0)), ("sm90a", (9, 1)), ("sm89", (8, 0)), ("sm100a", (10, 3)), ("sm80", (9, 0))],
+)
+def test_a_library_without_code_for_a_gpu_is_not_loaded(ahead, architectures, device):
+    ahead(architectures, (9, 0), device)
+    with pytest.raises(jit.KernelUnavailableError, match="no CUDA compiler") as raised:
+        jit.load(VARIANT)
+    assert "FI_PREFETCH_AOT_DIR" in str(raised.value) and VARIANT.name in str(raised.value)
+
+
+def test_a_library_of_another_version_is_not_loaded(ahead):
+    ahead("sm90a", (9, 0), digest="01234567")
+    with pytest.raises(jit.KernelUnavailableError, match="this version's"):
+        jit.load(VARIANT)
+
+
+def test_what_is_not_compiled_ahead_is_compiled(ahead, monkeypatch, tmp_path):
+    ahead("sm80", (9, 0))
+    spec = FakeSpec(tmp_path / "missing.so", object())
+    monkeypatch.setattr(jit, "jit_spec", lambda variant: spec)
+    assert jit.load(VARIANT) is spec.result
+
+
+def test_a_damaged_library_is_named(ahead, monkeypatch):
+    path = ahead("sm90a", (9, 0))
+
+    def refuse(path: str) -> None:
+        raise RuntimeError("file too short")
+
+    monkeypatch.setattr(jit.tvm_ffi, "load_module", refuse)
+    with pytest.raises(jit.KernelUnavailableError, match=f"could not load {path}: file too short"):
+        jit.load(VARIANT)
+
+
+def test_architectures_are_said_to_the_build_too(monkeypatch):
+    """FlashInfer reads them from the environment when it builds; what was there before comes back."""
+    monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "8.0")
+    with jit.target_architectures(["9.0a", "10.0a"]):
+        assert os.environ["FLASHINFER_CUDA_ARCH_LIST"] == "9.0a 10.0a"
+        assert jit.architectures_here() == ["10.0a", "9.0a"]
+    assert os.environ["FLASHINFER_CUDA_ARCH_LIST"] == "8.0"
+    with jit.target_architectures([]), pytest.raises(jit.KernelUnavailableError, match="--arch"):
+        jit.architectures_here()
 
 
 def test_importing_is_light():

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-import fi_prefetch
 from fi_prefetch import jit
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("csrc", "fi_prefetch", "pyproject.toml", "README.md", "LICENSE")
+VERSION = "1.2.3"
+# What `git archive` makes of .git_archival.txt at a tag; an installation from git asks git the same.
+ARCHIVE_OF_A_TAG = f"node: {'0' * 40}\nnode-date: 2026-01-01T00:00:00+00:00\ndescribe-name: v{VERSION}\n"
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, folder)
+    assert "describe-name: $Format:" in (ROOT / ".git_archival.txt").read_text()
+    (folder / ".git_archival.txt").write_text(ARCHIVE_OF_A_TAG)
     return folder
 
 
@@ -52,10 +56,12 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    for archival in folder.glob("*/.git_archival.txt"):
+        archival.unlink()  # the sdist's own metadata must do
     return build("build_wheel", next(folder.iterdir()), folder)
 
 
-def expected() -> set[str]:
+def every_file() -> set[str]:
     """The wheel's names for every file of the package and of csrc/."""
     files = [path for name in ("fi_prefetch", "csrc") for path in (ROOT / name).rglob("*") if path.is_file()]
     names = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
@@ -65,14 +71,14 @@ def expected() -> set[str]:
 def test_wheel_has_every_file_and_no_other(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     # csrc/ needs no __init__.py: nobody imports it.
-    assert names == expected()
+    assert names == every_file() | {"fi_prefetch/_version.py"}
     assert {"fi_prefetch/csrc/decode.cu", "fi_prefetch/csrc/decode.cuh", "fi_prefetch/py.typed"} <= names
 
 
 def test_wheel_is_pure_and_says_what_it_is(wheel: Path) -> None:
-    assert wheel.name == f"fi_prefetch-{fi_prefetch.__version__}-py3-none-any.whl"
+    assert wheel.name == f"fi_prefetch-{VERSION}-py3-none-any.whl", "the tag's version"
     archive = zipfile.ZipFile(wheel)
-    info = f"fi_prefetch-{fi_prefetch.__version__}.dist-info"
+    info = f"fi_prefetch-{VERSION}.dist-info"
     metadata = archive.read(f"{info}/METADATA").decode()
     assert "Requires-Python: <3.14,>=3.10" in metadata
     assert "# fi_prefetch" in metadata, "the README is the description"
@@ -87,7 +93,9 @@ def test_sdist_has_the_sources_of_the_kernels(sdist: Path) -> None:
     assert here | {"pyproject.toml", "README.md", "LICENSE", "fi_prefetch/py.typed"} <= names
 
 
-def test_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+def test_installed_wheel_works_away_from_the_checkout(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
     subprocess.run([*pip, str(wheel)], check=True)
@@ -113,8 +121,15 @@ torch.testing.assert_close(out, torch.ones_like(out))
     command = [sys.executable, "-c", code, str(site)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    # The same sources, so the same compiled libraries.
-    assert done.stdout.strip() == jit.sources_hash()
-    command = [sys.executable, "-m", "fi_prefetch.cli", "--version"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert fi_prefetch.__version__ in done.stdout
+    # The same sources and another version, so other compiled libraries.
+    assert done.stdout.strip() != jit.sources_hash()
+    monkeypatch.setattr(jit, "__version__", VERSION)
+    assert done.stdout.strip() == jit.sources_hash.__wrapped__()
+    for arguments, expected in (
+        (["--version"], VERSION),
+        (["info", "--json"], f'"fi_prefetch": "{VERSION}"'),
+        (["demo", "--no-compile"], "relative error"),
+    ):
+        command = [sys.executable, "-m", "fi_prefetch.cli", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and expected in done.stdout, done.stdout + done.stderr

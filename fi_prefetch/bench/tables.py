@@ -1,0 +1,221 @@
+"""The tables that a result file gives: `fi-prefetch report` prints them, and the documents hold the same.
+
+A view takes a result file's content and gives a Table. Every number in one is in the file, or a speed-up computed from
+two that are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import report
+from .report import Row, bytes_label, microseconds
+from .shapes import Shape, lens_label
+
+SIZE_CLASSES = ("up to 64 MB", "64 to 512 MB", "512 MB to 1 GB", "above 1 GB", "skewed")
+LEVER_COLUMNS = {
+    "off": "off",
+    "auto": "auto",
+    "prologue": "prologue",
+    "early_load": "early load",
+    "paper": "paper",
+    "run_ahead": "run-ahead 4",
+}
+LAYER_COLUMNS = {
+    "auto": "ours",
+    "auto_ready": "with promises",
+    "flashinfer_fa2": "FlashInfer fa2",
+    "fa3": "FlashAttention-3",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells under column names. The first `words` columns are text, the rest are numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: int = 1
+
+    def markdown(self) -> str:
+        """The table as Markdown, without its title."""
+        header, *rows = ("| " + " | ".join(line) + " |\n" for line in (self.columns, *self.rows))
+        return header + "|---" * len(self.columns) + "|\n" + "".join(rows)
+
+
+def kind_of(result: dict[str, Any]) -> str:
+    """Which kind of `fi-prefetch bench` a file is of; ValueError where it is none.
+
+    Files do not say it; the columns of their rows do.
+    """
+    rows = result.get("rows") or [{}]
+    for kind, column in (
+        ("grid", "baselines_us"),
+        ("layer", "attention_us"),
+        ("window", "window_us"),
+        ("map", "part"),
+        ("prefetch", "levers"),
+        ("plan_time", "us"),
+    ):
+        if column in rows[0]:
+            return kind
+    raise ValueError("not a result file of `fi-prefetch bench`: it has no rows of a known kind")
+
+
+def heads(row: Row) -> str:
+    """For example `32/8`, `32/8 d64`, `32/8 fp8`."""
+    dim = "" if row["head_dim"] == 128 else f" d{row['head_dim']}"
+    return f"{row['heads_q']}/{row['heads_kv']}{dim}" + ("" if row["kv_dtype"] == row["q_dtype"] else " fp8")
+
+
+def batch(row: Row) -> str:
+    """For example `1 x 64K + 31 x 4K`."""
+    return lens_label(row["kv_lens"]).replace("x", " x ").replace("+", " + ")
+
+
+def of_dtype(rows: Sequence[Row], fp8: bool) -> list[Row]:
+    """The rows with fp8 KV, or those without."""
+    return [row for row in rows if (row["kv_dtype"] != row["q_dtype"]) == fp8]
+
+
+# ---- views ---------------------------------------------------------------------------------------------------------
+
+
+def classes(result: dict[str, Any], fp8: bool) -> Table:
+    """Geometric mean and least speed-up by size class, over FlashInfer's best and with FlashAttention-3 included."""
+    rows = of_dtype(result["rows"], fp8)
+    # FlashAttention-3 reads no fp8 KV with bf16 queries: there would be nothing more in its columns.
+    with_others = any(not name.startswith(report.FLASHINFER_PREFIX) for row in rows for name in measured(row))
+    lines = []
+    for size in SIZE_CLASSES:
+        members = [row for row in rows if Shape.from_row(row).size_class == size]
+        cells = []
+        for only_flashinfer in (True, False)[: 1 + with_others]:
+            found = report.speedups(members, only_flashinfer)
+            if found:
+                summary = report.summarise(size, found)
+                cells += [f"{summary.geometric_mean:.2f}", f"{summary.minimum:.2f}"]
+                shapes = summary.rows
+        if cells:
+            lines.append((size, str(shapes), *cells))
+    title = "Speed-up over the best baseline at each shape: geometric mean, and the least"
+    columns = [f"{'fp8 ' if fp8 else ''}KV a call", "shapes", "against the best of FlashInfer", "at least"]
+    if with_others:
+        columns += ["FlashAttention-3 included", "at least"]
+    return Table(title, columns, lines)
+
+
+def measured(row: Row) -> dict[str, float]:
+    """The baselines that were measured on a row, with their times."""
+    return {name: time for name, time in row["baselines_us"].items() if time is not None}
+
+
+def losses(result: dict[str, Any]) -> Table:
+    """Every shape on which a baseline is faster than we are by more than noise, worst first."""
+    lines = []
+    for loss in report.losses(report.speedups(result["rows"])):
+        row = loss.row
+        times = (microseconds(row["fi_prefetch_us"]), microseconds(row["baselines_us"][loss.baseline]))
+        shape = (heads(row), str(row["page_size"]), batch(row), bytes_label(row["kv_bytes"]), loss.baseline)
+        lines.append((*shape, *times, f"{loss.factor:.2f}"))
+    title = f"Slower than the best baseline by more than {report.NOISE:.0%}"
+    columns = ("heads", "page", "batch", "KV", "fastest", "ours, us", "fastest, us", "speed-up")
+    return Table(title, columns, lines, words=5)
+
+
+def times(result: dict[str, Any]) -> Table:
+    """Every shape on every kernel."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["baselines_us"]))
+    lines = []
+    for row in result["rows"]:
+        best = report.best_baseline(row, only_flashinfer=False)
+        ours = row["fi_prefetch_us"]
+        factor = "-" if best is None or ours is None else f"{best[1] / ours:.2f}"
+        shape = (heads(row), str(row["page_size"]), batch(row), bytes_label(row["kv_bytes"]))
+        baselines = (microseconds(row["baselines_us"].get(name)) for name in names)
+        lines.append((*shape, microseconds(row["floor_us"]), *baselines, microseconds(ours), factor))
+    columns = ("heads", "page", "batch", "KV", "floor", *names, "fi_prefetch", "speed-up")
+    return Table("us a call", columns, lines, words=4)
+
+
+def layer(result: dict[str, Any]) -> Table:
+    """What attention costs in a decoder layer."""
+    lines = []
+    for row in result["rows"]:
+        ranks = row["tensor_parallel"]
+        name = row["model"].replace("llama", "Llama").replace("b", "B") + ("" if ranks == 1 else f" TP-{ranks}")
+        lines.append((name, batch(row), *(microseconds(row["attention_us"].get(column)) for column in LAYER_COLUMNS)))
+    return Table("Attention in a decoder layer, us", ("model", "batch", *LAYER_COLUMNS.values()), lines, words=2)
+
+
+def levers(result: dict[str, Any]) -> Table:
+    """Each lever alone."""
+    lines = [
+        (heads(row), batch(row), *(microseconds(row["us"].get(column)) for column in LEVER_COLUMNS))
+        for row in result["rows"]
+    ]
+    return Table("Each lever alone, us a call", ("heads", "batch", *LEVER_COLUMNS.values()), lines, words=2)
+
+
+def window(result: dict[str, Any]) -> Table:
+    """`prefetch_kv` beside an idle stretch, at the stretches that tell the most."""
+    lines = [
+        (
+            heads(row),
+            batch(row),
+            str(row["window_us"]),
+            *(microseconds(row[f"{on}_us"]) for on in ("off", "on", "warm")),
+        )
+        for row in result["rows"]
+        if row["window_us"] in (0, 4, 16)
+    ]
+    title = "Attention after an idle stretch, us (the idle time taken off)"
+    return Table(title, ("heads", "batch", "idle us", "off", "on", "warm"), lines, words=2)
+
+
+def plan_time(result: dict[str, Any]) -> Table:
+    """Host time of `plan()`."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["us"]))
+    lines = [
+        (heads(row), str(row["page_size"]), batch(row), *(microseconds(row["us"][name]) for name in names))
+        for row in result["rows"]
+    ]
+    return Table("Host time of plan(), us", ("heads", "page", "batch", *names), lines, words=3)
+
+
+def paper(result: dict[str, Any]) -> Table:
+    """The paper's kernel, with its prefetch and without."""
+    from .paper import TABLE_COLUMNS, table_rows
+
+    return Table("The paper's kernel", TABLE_COLUMNS, table_rows(result), words=2)
+
+
+VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
+    "classes-bf16": functools.partial(classes, fp8=False),
+    "classes-fp8": functools.partial(classes, fp8=True),
+    "losses": losses,
+    "times": times,
+    "layer": layer,
+    "levers": levers,
+    "window": window,
+    "plan-time": plan_time,
+    "paper": paper,
+}
+OF_KIND = {
+    "grid": ("times", "classes-bf16", "classes-fp8", "losses"),
+    "layer": ("layer",),
+    "prefetch": ("levers",),
+    "window": ("window",),
+    "plan_time": ("plan-time",),
+    "map": ("paper",),
+}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """The tables of a result file that have a row at least; ValueError where it is no result file."""
+    found = (VIEWS[view](result) for view in OF_KIND[kind_of(result)])
+    return [table for table in found if table.rows]

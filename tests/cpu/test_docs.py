@@ -1,0 +1,113 @@
+"""What `make refresh` makes is as new as what it is made from, and the site has every page."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from html import unescape
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from fi_prefetch import cli
+from fi_prefetch.bench import report
+
+ROOT = Path(__file__).resolve().parents[2]
+AGAIN = "run `make refresh`"
+
+
+def load_refresh() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("refresh", ROOT / "docs" / "refresh.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+refresh = load_refresh()
+
+
+@pytest.mark.parametrize("document", refresh.documents(), ids=lambda path: path.name)
+def test_tables_are_those_of_the_result_files(document: Path) -> None:
+    text = document.read_text()
+    assert refresh.with_tables(text) == text, AGAIN
+    # A mark that is written otherwise would be passed over.
+    assert len(refresh.MARKED_TABLE.findall(text)) == f"\n{text}".count("\n<!-- measured:")
+
+
+def test_a_table_is_replaced_and_its_surroundings_stay() -> None:
+    text = (
+        "Before.\n\n<!-- measured: benchmarks/results/h100/layer.json layer -->\n\n"
+        "| model | us |\n|---|---|\n| x | 1.0 |\n\nAfter.\n"
+    )
+    made = refresh.with_tables(text)
+    assert made.startswith("Before.\n\n<!-- measured: ") and made.endswith("|\n\nAfter.\n")
+    assert "Llama-3-8B" in made and "| x |" not in made
+    assert refresh.with_tables(made) == made
+
+
+def test_the_performance_page_is_that_of_the_result_files() -> None:
+    text = refresh.PERFORMANCE.read_text()
+    assert refresh.performance() == text, AGAIN
+    for path in refresh.RESULTS.glob("*/*.json"):
+        assert path.relative_to(ROOT).as_posix() in text
+
+
+def test_plots_show_the_numbers_of_the_result_files() -> None:
+    pictures = set()
+    for path in refresh.drawn():
+        digest = report.digest(refresh.load(path)).encode()
+        found = list(refresh.plot_folder(path).glob("*.png"))
+        assert found, AGAIN
+        assert [picture for picture in found if digest not in picture.read_bytes()] == [], AGAIN
+        pictures.update(found)
+    assert pictures == set(refresh.PICTURES.rglob("*.png")), "a picture of a result file that is gone"
+
+
+# ---- screens -------------------------------------------------------------------------------------------------------
+
+
+def text_in(picture: Path) -> str:
+    """The characters of a screen, line by line from the top, without spaces."""
+    found = re.findall(r'clip-path="url\(#screen-line-\d+\)">(.*?)</text>', picture.read_text())
+    return "".join("".join(map(unescape, found)).split())
+
+
+@pytest.mark.parametrize("name", refresh.STEADY_SCREENS)
+def test_screens_show_what_the_commands_print(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(record=True, width=refresh.WIDTH, file=io.StringIO())
+    monkeypatch.setattr(cli, "console", console)
+    monkeypatch.setattr(cli, "has_gpu", lambda: False)
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(cli.main, refresh.STEADY_SCREENS[name].split())
+    assert result.exit_code == 0, result.output
+    assert text_in(refresh.SCREENS / f"{name}.svg") == "".join(console.export_text().split()), AGAIN
+
+
+def test_every_screen_is_there_and_shows_no_folder_of_the_machine_it_was_taken_on() -> None:
+    names = {*refresh.STEADY_SCREENS, *refresh.OTHER_SCREENS}
+    assert {path.stem for path in refresh.SCREENS.iterdir()} == names
+    for name in names:
+        text = text_in(refresh.SCREENS / f"{name}.svg")
+        assert len(text) > 100
+        assert not re.search(r"/(tmp|home|root|work|Users)/", text), name
+
+
+# ---- pages ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_page_is_in_the_menu() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    listed = {line for block in re.findall(r"```{toctree}(.*?)```", index, re.DOTALL) for line in block.split()}
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} <= listed
+
+
+def test_every_picture_is_shown_somewhere() -> None:
+    shown = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    for path in refresh.PICTURES.rglob("*"):
+        if path.is_file():
+            assert f"{path.relative_to(ROOT / 'docs').as_posix()})" in shown, path
