@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -259,9 +260,11 @@ def check_http(model: Path, folder: Path) -> dict[str, Any]:
     log = folder / "http.log"
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(PORT)]
     command += ["--attention-backend", OURS, "--sampling-backend", "pytorch", "--grammar-backend", "none"]
+    command += ["--mem-fraction-static", "0.5", "--disable-prefill-cuda-graph", "--cuda-graph-bs-decode", "1", "2", "4"]
+    environment = os.environ | {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(engines.unused_model_files())}
     faults, text = [], ""
     with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             text = ask_when_up(server, "The capital of France is", seconds=420)
         except (OSError, RuntimeError, ValueError) as error:
