@@ -55,7 +55,7 @@ TEXT_TOKENS = 64
 ENGINE = {
     "max_total_tokens": 24000,
     "mem_fraction_static": 0.5,
-    "chunked_prefill_size": 256,
+    "chunked_prefill_size": 512,
     "schedule_conservativeness": 0.2,
     "max_running_requests": 128,
     # Logits as bfloat16 are an eighth apart, which would hide everything smaller.
