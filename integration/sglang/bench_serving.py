@@ -11,16 +11,23 @@ run measures only what the result file lacks (`--again` measures all anew). Timi
 - ms a step: the same prompts again, now in SGLang's radix cache, with a short and with a long answer. Both pay the same
   for what is not decoding, so their difference is decode steps alone; the least of several repeats counts;
 - attention: the time of the attention kernels in a step, from a profile of a few steps.
+
+What is worth most comes first, so that a run that is cut off (`--minutes`, `--engine-seconds`) still compares.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
+import os
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +41,8 @@ import models  # noqa: E402
 
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 SHORT = 8
+# Tokens of the answers that a profile is made of.
+PROFILED = 12
 DEFAULT_BACKENDS = ("fa3", "flashinfer", "fi_prefetch")
 # Of the GPU's memory, what weights and KV may take together; the rest is SGLang's activations and graphs.
 MEMORY_SHARE = 0.85
@@ -91,8 +100,8 @@ def uniform(
 BOTH = ("auto", "fp8_e4m3")
 CASES: dict[str, list[Case]] = {
     "default": [
-        *uniform("llama-3-8b", (1, 16, 64, 128), (512, 2048, 8192), 136, BOTH),
-        *uniform("llama-2-7b", (1, 16, 64, 128), (512, 2048, 8192), 136, BOTH),
+        *uniform("llama-3-8b", (1, 16, 64, 128), (2048, 512, 8192), 136, BOTH),
+        *uniform("llama-2-7b", (1, 16, 64), (1024, 2048), 136, BOTH),
     ],
     "skewed": [Case("llama-3-8b", ((65536, 1), (4096, 31)), 136, dtype) for dtype in BOTH],
     "shapes": [
@@ -137,44 +146,75 @@ def generate(engine: Any, prompts: list[list[int]], tokens: int) -> float:
     return seconds
 
 
-def attention_ms(engine: Any, backend: str, prompts: list[list[int]], layers: int, tp: int) -> float | None:
+def flush(engine: Any) -> None:
+    """Empties the radix cache; SGLang refuses while it is still winding up the requests before."""
+    for _ in range(50):
+        if engine.flush_cache().success:
+            return
+        time.sleep(0.1)
+    raise RuntimeError("SGLang did not empty its cache within 5 s, so the next measurement would not be a cold one")
+
+
+def step_durations(events: list[dict[str, Any]], pattern: Any, layers: int) -> list[float]:
+    """Microseconds that each decode step of a profile spent in the kernels that `pattern` finds.
+
+    A step is one CUDA graph, all of whose kernels carry the number of its launch; a kernel of the prefill has a number
+    of its own.
+    """
+    launches: dict[Any, list[float]] = {}
+    for event in events:
+        if event.get("cat") == "kernel" and pattern.search(event["name"]):
+            launches.setdefault(event["args"].get("correlation"), []).append(event["dur"])
+    return [sum(durations) for durations in launches.values() if len(durations) >= layers]
+
+
+def attention_ms(engine: Any, backend: str, prompts: list[list[int]], layers: int) -> float | None:
     """Milliseconds of attention kernels in a decode step; None where the profile has none that we know."""
-    steps = 16
     with tempfile.TemporaryDirectory() as folder:
         engine.start_profile(output_dir=folder, activities=["GPU"], with_stack=False, record_shapes=False)
-        generate(engine, prompts, steps)
+        generate(engine, prompts, PROFILED)
         engine.stop_profile()
         traces = sorted(Path(folder).rglob("*.trace.json.gz"))
-        durations = [
-            event["dur"]
-            for trace in traces[:1]
-            for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-            if event.get("cat") == "kernel" and engines.ATTENTION_KERNELS[backend].search(event["name"])
-        ]
-    # The first token comes from the prefill.
-    return sum(durations) / 1000 / (steps - 1) if len(durations) >= layers * (steps - 1) else None
+        events = json.loads(gzip.decompress(traces[0].read_bytes()))["traceEvents"] if traces else []
+    steps = step_durations(events, engines.ATTENTION_KERNELS[backend], layers)
+    if not steps:
+        names = sorted({event["name"][:90] for event in events if event.get("cat") == "kernel"})
+        print(f"no attention of {backend} in a profile of {len(events)} events: {names}", file=sys.stderr)
+        return None
+    return statistics.median(steps) / 1000
 
 
-def measure(engine: Any, backend: str, case: Case, repeats: int) -> dict[str, Any]:
-    """One case on one engine."""
-    shape = models.SHAPES[case.model]
+def prompts_of(case: Case) -> list[list[int]]:
     lengths = [length for length, count in case.lengths for _ in range(count)]
-    prompts = engines.random_prompts(lengths, shape["vocab_size"], seed=hash(case.lengths) & 0xFFFF)
-    engine.flush_cache()
+    seed = hash((case.lengths, case.output)) & 0xFFFF
+    return engines.random_prompts(lengths, models.SHAPES[case.model]["vocab_size"], seed)
+
+
+def time_case(engine: Any, case: Case, repeats: int) -> dict[str, Any]:
+    """Tokens a second and milliseconds a step of one case on one engine."""
+    prompts = prompts_of(case)
+    flush(engine)
     seconds = generate(engine, prompts, case.output)
-    steps = case.output - SHORT
     short = min(generate(engine, prompts, SHORT) for _ in range(repeats))
     long = min(generate(engine, prompts, case.output) for _ in range(repeats if case.output <= 512 else 1))
     return {
         "tokens_per_s": case.batch * case.output / seconds,
-        "ms_per_step": (long - short) / steps * 1000,
-        "attention_ms": attention_ms(engine, backend, prompts, shape["num_hidden_layers"], case.tp),
+        "ms_per_step": (long - short) / (case.output - SHORT) * 1000,
     }
 
 
+def warm_up(engine: Any, vocabulary: int, longest: int) -> None:
+    """Has every kernel of a prefill, of a prefill after a cached prefix and of a decode compiled and loaded."""
+    prompts = engines.random_prompts([min(2048, longest)] * 2, vocabulary, seed=3)
+    for _ in range(2):
+        generate(engine, prompts, SHORT)
+
+
 def serve(asked: dict[str, Any]) -> None:
-    """Measures the cases that it is asked for; a line of JSON each on standard output."""
+    """Measures the cases that it is asked for; lines of JSON on standard output."""
     cases = [Case(*case[:1], tuple(tuple(pair) for pair in case[1]), *case[2:]) for case in asked["cases"]]
+    shape = models.SHAPES[cases[0].model]
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         longest = max(length + case.output for case in cases for length, _ in case.lengths)
         engine = engines.start(
@@ -186,17 +226,21 @@ def serve(asked: dict[str, Any]) -> None:
                 kv_dtype=cases[0].kv_dtype,
                 tp=cases[0].tp,
                 max_running_requests=max(case.batch for case in cases),
+                **asked["arguments"],
             )
         )
-        generate(engine, [[20, 21, 22]], 16)
+        print(f"started in {time.perf_counter() - began:.1f} s", flush=True)
+        warm_up(engine, shape["vocab_size"], longest - max(case.output for case in cases))
         room = engine.get_server_info()["max_total_num_tokens"]
+        print(f"warm after {time.perf_counter() - began:.1f} s, room for {room} tokens of KV", flush=True)
         for number, case in enumerate(cases):
             if case.tokens > room:
-                print(f"{case.key()} needs {case.tokens} tokens of KV, there is room for {room}", file=sys.stderr)
+                print(f"{case.key()} needs {case.tokens} tokens of KV, there is room for {room}", flush=True)
                 continue
-            print(
-                "MEASURED", json.dumps([number, measure(engine, asked["backend"], case, asked["repeats"])]), flush=True
-            )
+            print("MEASURED", json.dumps([number, time_case(engine, case, asked["repeats"])]), flush=True)
+            if asked["profile"]:
+                found = attention_ms(engine, asked["backend"], prompts_of(case), shape["num_hidden_layers"])
+                print("MEASURED", json.dumps([number, {"attention_ms": found}]), flush=True)
         engine.shutdown()
 
 
@@ -252,25 +296,51 @@ def work(results: ResultFile, cases: Sequence[Case], backends: Sequence[str]) ->
                 yield backend, missing
 
 
-def run_engine(backend: str, cases: list[Case], repeats: int, seconds: float) -> Iterator[tuple[Case, dict[str, Any]]]:
+def run_engine(
+    backend: str, cases: list[Case], asked: dict[str, Any], seconds: float
+) -> Iterator[tuple[Case, dict[str, Any]]]:
     """Measures cases in a process of their own, until they are done or the time is over."""
-    asked = json.dumps({"backend": backend, "cases": cases, "repeats": repeats})
-    log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)
+    question = json.dumps({"backend": backend, "cases": cases} | asked)
+    log = tempfile.NamedTemporaryFile("w+", prefix=f"{backend}-", suffix=".log", delete=False)
+    # In a session of its own, so that what the engine spawned can be ended with it: it holds the GPU's memory.
     process = subprocess.Popen(
-        [sys.executable, __file__, "--serve", asked], stdout=subprocess.PIPE, stderr=log, text=True
+        [sys.executable, __file__, "--serve", question],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        start_new_session=True,
     )
-    deadline = time.monotonic() + seconds
+    out_of_time = threading.Event()
+
+    def end() -> None:
+        out_of_time.set()
+        end_session(process)
+
+    timer = threading.Timer(seconds, end)
+    timer.start()
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("MEASURED "):
-            number, measured = json.loads(line.removeprefix("MEASURED "))
-            yield cases[number], measured
-        if time.monotonic() > deadline:
-            process.terminate()
-            break
-    if process.wait() and time.monotonic() <= deadline:
+    try:
+        for line in process.stdout:
+            if line.startswith("MEASURED "):
+                number, measured = json.loads(line.removeprefix("MEASURED "))
+                yield cases[number], measured
+            elif line.startswith(("started", "warm", "{")):
+                print(f"  {line.rstrip()}", flush=True)
+    finally:
+        timer.cancel()
+        end_session(process)
+        process.wait()
+    if out_of_time.is_set():
+        print(f"  {backend} did not end within {seconds:.0f} s; its log: {log.name}", file=sys.stderr, flush=True)
+    elif process.returncode:
         print(f"  {backend} ended with {process.returncode}; the end of {log.name}:", file=sys.stderr)
-        print(Path(log.name).read_text()[-3000:], file=sys.stderr)
+        print(Path(log.name).read_text()[-3000:], file=sys.stderr, flush=True)
+
+
+def end_session(process: subprocess.Popen[str]) -> None:
+    """Ends a process that leads a session, with all that it has spawned."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> None:
@@ -279,8 +349,13 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", choices=engines.BACKENDS, default=list(DEFAULT_BACKENDS))
     parser.add_argument("--models", nargs="+", choices=models.SHAPES, help="only these")
     parser.add_argument("--kv-dtypes", nargs="+", choices=BOTH, help="only these")
+    parser.add_argument("--batches", nargs="+", type=int, help="only these")
+    parser.add_argument("--contexts", nargs="+", type=int, help="of the cases with one context, only these")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after this long")
+    parser.add_argument("--no-profile", action="store_true", help="leave out the time of the attention kernels")
+    parser.add_argument("--minutes", type=float, default=1e6, help="end after this long")
+    parser.add_argument("--engine-seconds", type=float, default=1e6, help="of these, the most for one engine")
+    parser.add_argument("--engine-arguments", type=json.loads, default={}, help="JSON; more for sglang.Engine")
     parser.add_argument("--again", action="store_true", help="measure also what the result file has")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -302,21 +377,25 @@ def main() -> None:
         for case in CASES[name]
         if (not asked.models or case.model in asked.models)
         and (not asked.kv_dtypes or case.kv_dtype in asked.kv_dtypes)
+        and (not asked.batches or case.batch in asked.batches)
+        and (not asked.contexts or len(case.lengths) > 1 or case.lengths[0][0] in asked.contexts)
     ]
     memory = torch.cuda.get_device_properties(0).total_memory
     for case in [case for case in cases if not fits(case, memory)]:
         print(f"does not fit: {case.key()}")
         cases.remove(case)
     deadline = time.monotonic() + asked.minutes * 60
+    how = {"repeats": asked.repeats, "profile": not asked.no_profile, "arguments": asked.engine_arguments}
     for backend, missing in work(results, cases, asked.backends):
-        left = deadline - time.monotonic()
+        left = min(deadline - time.monotonic(), asked.engine_seconds)
         if left <= 0:
             print("out of time; run it again for the rest")
             break
         print(f"{missing[0].model}, KV {missing[0].kv_dtype}, {backend}: {len(missing)} cases", flush=True)
-        for case, measured in run_engine(backend, missing, asked.repeats, left):
+        for case, measured in run_engine(backend, missing, how, left):
             results.add(case, backend, measured)
-            print(f"  {case.batch} x {case.key()['context']}: {measured['ms_per_step']:.3f} ms a step", flush=True)
+            said = ", ".join(f"{name} {value:.3f}" for name, value in measured.items() if value is not None)
+            print(f"  {case.batch} x {case.key()['context']}: {said}", flush=True)
     print(results.path)
 
 

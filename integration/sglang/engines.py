@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import re
@@ -26,6 +27,8 @@ ATTENTION_KERNELS: dict[str, re.Pattern[str]] = {
     "flashinfer": re.compile(r"BatchDecodeWithPagedKVCache|BatchPrefillWithPagedKVCache|VariableLengthMergeStates"),
     "triton": re.compile(r"_fwd_(grouped_)?kernel_stage[12]"),
 }
+# The files of SGLang's models that the shapes of models.py are of.
+MODEL_FILES = ("llama", "qwen2", "registry", "utils")
 # NVLink multicast is not to be had in every container; it must be off before NCCL starts.
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
@@ -73,11 +76,21 @@ def arguments(
 def start(chosen: dict[str, Any]) -> Any:
     """A running engine. Call it under `if __name__ == "__main__":`, for SGLang spawns processes."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(unused_model_files()))
     if chosen.get("tp_size", 1) > 1:
         os.environ |= NO_MULTICAST
     import sglang
 
     return sglang.Engine(**chosen)
+
+
+def unused_model_files() -> list[str]:
+    """Names of SGLang's model files that no model here needs; every scheduler imports some two hundred otherwise."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("SGLang is not installed; pip install sglang")
+    files = Path(spec.submodule_search_locations[0], "srt", "models").glob("*.py")
+    return sorted({file.stem for file in files} - set(MODEL_FILES))
 
 
 def random_prompts(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[list[int]]:

@@ -85,7 +85,8 @@ def write_smollm2(folder: Path) -> Path:
     config = _llama_config(reader)
     tensors = {}
     for tensor in reader.tensors:
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).float()
+        # A copy: numbers that are stored as they are come as a view of the file, which cannot be written.
+        values = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
         name, heads = _llama_name(tensor.name, config)
         tensors[name] = (_halves(values, heads) if heads else values).to(torch.bfloat16).contiguous()
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
