@@ -229,7 +229,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
     ) -> None:
         """Plans the decode of a batch, as FlashInfer's `plan`.
 
-        Where our kernel serves, this looks at shapes only: at most 10 us of host time, no copy to the host, no wait.
+        Where our kernel serves, this looks at shapes only: no copy to the host, no wait, the same work for any batch.
         The page table is read when `run` runs, and may change until then in the buffers of a CUDA-graph wrapper.
 
         Args:
@@ -237,7 +237,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             indices: int32 [at least indptr[-1]], page numbers.
             last_page_len: int32 [batch_size], 1 to page_size; 0 only for a request without pages.
             q_len_per_req: query tokens a request, its newest ones; our kernel needs no tensor-core wrapper for it.
-            The others are FlashInfer's.
+
+        The other arguments are FlashInfer's.
 
         Raises ValueError or TypeError for a bad argument, by name.
         """
@@ -387,9 +388,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
     ) -> None:
         """Copies the page table to where `run` reads it, as FlashInfer does; a buffer that is its own source stays."""
         if not self._use_cuda_graph:
-            self._paged_kv_indptr_buf = indptr.to(self.device, non_blocking=non_blocking)
-            self._paged_kv_indices_buf = indices.to(self.device, non_blocking=non_blocking)
-            self._paged_kv_last_page_len_buf = last_page_len.to(self.device, non_blocking=non_blocking)
+            # All or none: memory may run out at any of them.
+            tables = [x.to(self.device, non_blocking=non_blocking) for x in (indptr, indices, last_page_len)]
+            self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = tables
             return
         for buffer, source, wait in (
             (self._paged_kv_indptr_buf, indptr, False),

@@ -314,9 +314,9 @@ def _build_and_load(variant: Variant) -> Any:
         logger.warning("%s (FI_PREFETCH_AOT_DIR) has no %s for the GPUs here: compiling", folder, variant.name)
     try:
         spec = jit_spec(variant)
-    except KernelUnavailableError as error:
+    except (KernelUnavailableError, OSError) as error:  # no toolkit; a cache that may not be written
         if not folder:
-            raise
+            raise KernelUnavailableError(str(error)) from error
         raise KernelUnavailableError(
             f"{folder} (FI_PREFETCH_AOT_DIR) has no {variant.name}_{sources_hash()} for the GPUs here, make it with "
             f"this version's `fi-prefetch build --aot`; and to compile: {error}"

@@ -191,9 +191,9 @@ def test_addresses():
     assert dispatch.cache_obstacle(aligned, aligned) is None
     assert "16 bytes" in dispatch.cache_obstacle(aligned, shifted)
     assert "16 bytes" in dispatch.cache_obstacle(shifted, aligned)
-    assert dispatch.query_obstacle(memory[2:1026].view(2, 4, 128)) is None
-    assert "4 bytes" in dispatch.query_obstacle(memory[1:1025].view(2, 4, 128))
-    assert "4 bytes" in dispatch.query_obstacle(memory.as_strided((2, 4, 128), (1024, 129, 1)))
+    assert dispatch.query_obstacle(memory[8:1032].view(2, 4, 128)) is None
+    assert "starts 4 bytes off" in dispatch.query_obstacle(memory[2:1026].view(2, 4, 128))
+    assert "16 bytes" in dispatch.query_obstacle(memory.as_strided((2, 4, 128), (1024, 132, 1)))
     assert dispatch.query_obstacle(memory.as_strided((1, 4, 128), (1025, 128, 1))) is None
 
 

@@ -962,14 +962,7 @@ class NoRoom(torch.Tensor):
         raise torch.OutOfMemoryError("no memory")
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        0,
-        pytest.param(1, marks=pytest.mark.xfail(reason="the page table is replaced part by part")),
-        pytest.param(2, marks=pytest.mark.xfail(reason="the page table is replaced part by part")),
-    ],
-)
+@pytest.mark.parametrize("place", [0, 1, 2])
 def test_out_of_memory_while_planning_leaves_the_plan_before(batch, make_batch, dense_decode, place):
     wrapper = planned(batch)
     other = list(make_batch([17, 2, 1, 9], seed=1).table)
