@@ -956,7 +956,9 @@ def test_gpu_plan_that_fails_leaves_the_one_before(gpu, half_batch, make_batch, 
 
 
 class NoRoom(torch.Tensor):
-    """A tensor whose copy to a device finds no memory there."""
+    """A tensor on another device, whose copy to the wrapper's finds no memory there."""
+
+    device = torch.device("cpu", 1)
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("no memory")

@@ -254,9 +254,9 @@ def test_a_cache_of_most_of_the_memory(layout: str) -> None:
     """Pages at the far end of the largest cache that fits: offsets beyond 2^31 and 2^32 elements and 2^35 bytes."""
     page, heads, dim = 16, 8, 128
     page_bytes = 2 * page * heads * dim * 2
-    pages = (free_bytes() - 2 * GIB) // page_bytes
+    pages = (free_bytes() - 12 * GIB) // page_bytes  # the rest for whoever else works on this GPU
     if pages * page_bytes < 10 * GIB:
-        pytest.skip(f"{free_bytes() / GIB:.1f} GiB are free, 12 are needed to pass 2^32 elements")
+        pytest.skip(f"{free_bytes() / GIB:.1f} GiB are free, 22 are needed to pass 2^32 elements")
     shape = (pages, 2, page, heads, dim) if layout == "NHD" else (pages, 2, heads, page, dim)
     cache = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
     try:
