@@ -214,25 +214,36 @@ def test_no_lever_changes_a_bit(levers, hnd):
         assert emulated.emulator.statistics(lib)["prefetches"] > 0
 
 
-@pytest.mark.parametrize("levers", [(0, 2, 0, 0, 0), (2, 3, 0, 0, 1)])
-def test_the_table_may_change_until_the_dependencies_end(levers):
-    """The kernel before this one rewrites the page table and the lengths after this one's prologue has read them."""
-    options = dict(heads_q=8, heads_kv=2, page_size=4, blocks=6)
-    wanted = make_problem([130, 5, 0, 77], seed=1, **options)
-    problem = make_problem([130, 5, 0, 77], seed=1, levers=levers, **options)
-    final = [x.clone() for x in (problem.indptr, problem.indices, problem.last_page_len)]
-    # Before: other lengths, page numbers far outside of the cache.
-    problem.indptr.copy_(torch.tensor([0, 1, 40, 41, 50], dtype=torch.int32))
-    problem.indices.copy_(torch.randint(-(2**31), 2**31 - 1, problem.indices.shape, dtype=torch.int64).int())
-    problem.last_page_len.copy_(torch.tensor([-7, 400, 0, 2**31 - 1], dtype=torch.int32))
+@pytest.mark.parametrize("levers", [(0, 0, 0, 0, 0), (0, 2, 0, 0, 0), (2, 3, 0, 0, 1)])
+@pytest.mark.parametrize("lengths", [[130, 5, 0, 77], [37, 0] * 20, [9] * 140], ids=["registers", "shared", "too many"])
+@pytest.mark.parametrize("what", ["everything", "page numbers", "lengths"])
+def test_the_table_may_change_until_the_dependencies_end(levers, lengths, what):
+    """The kernel before this one rewrites the page table and the lengths after this one has read them: those of a batch
+    that lies in registers, of one in shared memory, and of one with more requests than the block has threads."""
+    options = dict(heads_q=8, heads_kv=2, page_size=4, blocks=6, seed=1)
+    expected, expected_lse, _ = emulated.run(make_problem(lengths, **options))
+    problem = make_problem(lengths, levers=levers, **options)
+    table = {"indptr": problem.indptr, "indices": problem.indices, "last_page_len": problem.last_page_len}
+    final = {name: x.clone() for name, x in table.items()}
+    generator = torch.Generator().manual_seed(2)
+
+    def spoil(x, low, high):
+        x.copy_(torch.randint(low, high, x.shape, dtype=torch.int64, generator=generator).int())
+
+    if what != "lengths":
+        spoil(problem.indices, -(2**31), 2**31 - 1)
+    if what == "everything":
+        spoil(problem.indptr, -3, len(problem.indices) + 9)
+        spoil(problem.last_page_len, -7, 400)
+    if what == "lengths":  # the same pages
+        problem.last_page_len.copy_((problem.last_page_len > 1).int())
 
     def finish():
-        for x, value in zip((problem.indptr, problem.indices, problem.last_page_len), final, strict=True):
-            x.copy_(value)
+        for name, x in table.items():
+            x.copy_(final[name])
 
     problem.dependencies_end = finish
     o, lse, _ = emulated.run(problem)
-    expected, expected_lse, _ = emulated.run(wanted)
     assert torch.equal(o, expected) and torch.equal(lse, expected_lse)
 
 
