@@ -216,13 +216,14 @@ def draw_pipeline(axes: Any) -> None:
 
 def draw_levers(axes: Any) -> None:
     """When the first KV is there, by lever."""
-    table, main = (2.6, 1.0, WAIT, "table"), (4.0, COMPUTE, "main loop")
+    table, pages, main = (1.8, 0.9, WAIT, "table"), (2.7, 0.9, WAIT, "pages"), (4.0, COMPUTE, "main loop")
+    launch = [(5.0, 1.2, WAIT, "launch"), (6.2, 0.9, WAIT, "table"), (7.1, 0.9, WAIT, "pages")]
     lines = [
         ("", [(0.0, 5.0, OTHER, "kernel before")]),
-        ("ordinary launch", [(5.0, 1.2, WAIT, "launch"), (6.2, 1.0, WAIT, "table"), (7.2, 2.0, COPY, "first KV")]),
-        ("dependent launch", [table, (3.6, 1.4, WAIT, "wait"), (5.0, 2.0, COPY, "first KV")]),
-        ("+ prologue", [table, (3.6, 1.4, PREFETCH, "to L2"), (5.0, 1.0, COPY, "from L2")]),
-        ("+ early load", [table, (3.6, 1.4, COPY, "first KV")]),
+        ("ordinary launch", [*launch, (8.0, 2.0, COPY, "first KV")]),
+        ("dependent launch", [table, pages, (3.6, 1.4, WAIT, "wait"), (5.0, 2.0, COPY, "first KV\nand check")]),
+        ("+ prologue", [table, pages, (3.6, 1.4, PREFETCH, "to L2"), (5.0, 1.3, COPY, "from L2\nand check")]),
+        ("+ early load", [table, pages, (3.6, 1.4, COPY, "first KV")]),
     ]
     for _, pieces in lines[1:]:
         last = pieces[-1]
