@@ -193,6 +193,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             l2_bytes=facts.l2_bytes,
             sm_count=facts.sm_count,
             ready=self._ready,
+            batch_size=decision.spec.batch_size,
         )
         return resolve(self._policy, launch, pdl)
 
@@ -602,7 +603,10 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         rope_scale = 1.0 if self._rope_scale is None else self._rope_scale
         rope_theta = 1e4 if self._rope_theta is None else self._rope_theta
         if reason is None and decision.module is not None:
-            reason = dispatch.query_obstacle(q) or dispatch.cache_obstacle(k, v)
+            if not dispatch.query_is_aligned(q):
+                # Both kernels read 16 bytes at a time; FlashInfer's ends in a sticky error on other addresses.
+                q = q.clone(memory_format=torch.contiguous_format)
+            reason = dispatch.cache_obstacle(k, v)
             if decision.spec.pos_encoding_mode == "ROPE_LLAMA":
                 reason = reason or dispatch.rope_obstacle(rope_scale, rope_theta)
         if reason is not None:

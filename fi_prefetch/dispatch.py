@@ -166,17 +166,10 @@ def rope_obstacle(rope_scale: float, rope_theta: float) -> str | None:
     return f"rope_scale={rope_scale} and rope_theta={rope_theta} are not within 0.001 to 1e6 and 1 to 1e12"
 
 
-def query_obstacle(q: torch.Tensor) -> str | None:
-    """Why our kernel cannot read these queries where they lie; None where it can.
-
-    Args:
-        q: [rows, num_qo_heads, head_dim], last stride 1.
-    """
+def query_is_aligned(q: torch.Tensor) -> bool:
+    """Whether every row of q [rows, num_qo_heads, head_dim] starts on a multiple of 16 bytes."""
     steps = [stride * q.element_size() for size, stride in zip(q.shape[:-1], q.stride(), strict=False) if size > 1]
-    if q.data_ptr() % 16 or any(step % 16 for step in steps):
-        off = q.data_ptr() % 16
-        return f"q starts {off} bytes off with steps of {steps} bytes, which are not multiples of 16 bytes"
-    return None
+    return q.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
 
 
 def cache_obstacle(k: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -184,10 +177,13 @@ def cache_obstacle(k: torch.Tensor, v: torch.Tensor) -> str | None:
 
     Args:
         k, v: 4-D paged caches of one shape, last stride 1.
+
+    Raises ValueError for a cache that FlashInfer's kernels cannot read either: they, too, load 16 bytes at a time, and
+    end in a sticky error on other addresses.
     """
     if (k.data_ptr() | v.data_ptr()) % 16:
-        off = f"k_cache is {k.data_ptr() % 16} and v_cache {v.data_ptr() % 16} bytes off"
-        return f"the cache does not start on a multiple of 16 bytes: {off}"
+        off = f"k_cache {k.data_ptr() % 16} and v_cache {v.data_ptr() % 16} bytes off"
+        raise ValueError(f"paged_kv_cache: expected a start on a multiple of 16 bytes, got {off}")
     return _stride_obstacle(k.shape, k.stride(), v.stride(), k.element_size())
 
 
@@ -205,7 +201,8 @@ def _stride_obstacle(
     }
     for name, of_name in steps.items():
         if any(step % 16 for step in of_name.values()):
-            return f"the strides of {name}, {tuple(of_name.values())} bytes, are not all multiples of 16 bytes"
+            got = tuple(of_name.values())
+            raise ValueError(f"paged_kv_cache ({name}): expected strides of multiples of 16 bytes, got {got}")
     # Offsets are 32-bit numbers of the largest power of two that divides every stride.
     common = math.gcd(*(step for of_name in steps.values() for step in of_name.values())) or 16
     unit = common & -common

@@ -19,8 +19,8 @@ READY_CODES = {"nothing": 0, "page_table": 1, "all_but_last_token": 2}
 
 # A pipeline with this many bytes in flight on every SM keeps HBM busy; run-ahead adds nothing to it.
 WELL_FED_BYTES_PER_SM = 64 << 10
-# Up to this much KV a call, the first tiles' latency is a visible part of the call, and the prologue hides it (H100: 1 to
-# 2 us of every call up to 512 MB, nothing at 2 GB; one tile a warp hid as much as two).
+# Up to this much KV a call, the first tiles' latency is a visible part of the call, and the prologue hides it (H100: up
+# to 1.3 us of calls up to 512 MB, nothing at 2 GB; one tile a warp hid as much as two).
 PROLOGUE_KV_BYTES = 512 * MIB
 PROLOGUE_TILES = 1
 DEFAULT_L2_FRACTION = 0.5
@@ -142,6 +142,7 @@ class LaunchFacts(NamedTuple):
         kv_bytes: upper bound of the KV the call reads; None where nobody knows, as in a CUDA graph.
         l2_bytes, sm_count: of the GPU.
         ready: what the wrapper's user promises is final when the kernel starts.
+        batch_size: requests.
     """
 
     blocks: int
@@ -152,6 +153,13 @@ class LaunchFacts(NamedTuple):
     l2_bytes: int
     sm_count: int
     ready: str = "nothing"
+    batch_size: int = 1
+
+    @property
+    def guesses(self) -> bool:
+        """Whether the kernel reads the page table before the dependency wait: it can if that is final, or if every
+        thread of a block can compare one request's entry afterwards."""
+        return self.ready != "nothing" or self.batch_size <= 32 * self.warps
 
 
 @dataclass(frozen=True)
@@ -243,6 +251,8 @@ def _kv_text(facts: LaunchFacts) -> str:
 def _asked_prologue(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool, early_load: bool) -> tuple[int, str]:
     if not pdl:
         return 0, "without programmatic dependent launch there is no wait to prefetch before"
+    if not facts.guesses:
+        return 0, f"nothing is promised, and {facts.batch_size} requests are more than a block can check afterwards"
     if policy.prologue != "auto":
         return policy.prologue, "the policy says so"
     if early_load:

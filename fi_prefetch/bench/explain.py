@@ -97,6 +97,7 @@ def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -
         l2_bytes=facts.l2_bytes,
         sm_count=facts.sm_count,
         ready=ready,
+        batch_size=len(shape.lengths),
     )
     return Explanation(choice, schedule, resolve(policy, launch, pdl=True), assumed=True)
 

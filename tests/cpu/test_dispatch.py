@@ -169,8 +169,6 @@ def test_caches_our_kernel_reads(k, v):
 @pytest.mark.parametrize(
     ("k", "v", "reason"),
     [
-        (cache(10, 16, 8, 128), cache(10, 16, 8, 128, strides=(16384, 1028, 128, 1)), "v_cache"),
-        (cache(10, 16, 8, 128, strides=(16385, 1024, 128, 1)), cache(10, 16, 8, 128), "k_cache"),
         (cache(0, 16, 8, 128), cache(0, 16, 8, 128), "no pages"),
         # 160 GiB in steps of 16 bytes.
         (
@@ -184,17 +182,30 @@ def test_caches_our_kernel_does_not_read(k, v, reason):
     assert reason in dispatch.cache_obstacle(k, v)
 
 
+@pytest.mark.parametrize(
+    ("k", "v", "name"),
+    [
+        (cache(10, 16, 8, 128), cache(10, 16, 8, 128, strides=(16384, 1028, 128, 1)), "v_cache"),
+        (cache(10, 16, 8, 128, strides=(16385, 1024, 128, 1)), cache(10, 16, 8, 128), "k_cache"),
+    ],
+)
+def test_caches_no_kernel_reads(k, v, name):
+    with pytest.raises(ValueError, match=rf"paged_kv_cache \({name}\): expected strides of multiples of 16 bytes, got"):
+        dispatch.cache_obstacle(k, v)
+
+
 def test_addresses():
     memory = torch.zeros(4096, dtype=torch.bfloat16)
     aligned = memory[: 2 * 1024].view(2, 2, 4, 128)
     shifted = memory[4 : 4 + 2 * 1024].view(2, 2, 4, 128)
     assert dispatch.cache_obstacle(aligned, aligned) is None
-    assert "16 bytes" in dispatch.cache_obstacle(aligned, shifted)
-    assert "16 bytes" in dispatch.cache_obstacle(shifted, aligned)
-    assert dispatch.query_obstacle(memory[8:1032].view(2, 4, 128)) is None
-    assert "starts 4 bytes off" in dispatch.query_obstacle(memory[2:1026].view(2, 4, 128))
-    assert "16 bytes" in dispatch.query_obstacle(memory.as_strided((2, 4, 128), (1024, 132, 1)))
-    assert dispatch.query_obstacle(memory.as_strided((1, 4, 128), (1025, 128, 1))) is None
+    for k, v in ((aligned, shifted), (shifted, aligned)):
+        with pytest.raises(ValueError, match="paged_kv_cache: expected a start on a multiple of 16 bytes, got"):
+            dispatch.cache_obstacle(k, v)
+    assert dispatch.query_is_aligned(memory[8:1032].view(2, 4, 128))
+    assert not dispatch.query_is_aligned(memory[2:1026].view(2, 4, 128))
+    assert not dispatch.query_is_aligned(memory.as_strided((2, 4, 128), (1024, 132, 1)))
+    assert dispatch.query_is_aligned(memory.as_strided((1, 4, 128), (1025, 128, 1)))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ launches = st.builds(
     l2_bytes=st.integers(1 << 20, 128 << 20),
     sm_count=st.integers(1, 160),
     ready=st.sampled_from(sorted(READY_CODES)),
+    batch_size=st.integers(1, 600),
 )
 H100 = LaunchFacts(132, 8, 3, 8192, 32 * MIB, 50 * MIB, 132)
 
@@ -49,6 +50,14 @@ def test_never_over_budget(policy, launch, pdl):
     demand = launch.blocks * launch.warps * (plan.run_ahead + plan.prologue) * launch.tile_bytes
     assert plan.demand_bytes == demand <= plan.budget_bytes <= launch.l2_bytes
     assert plan.run_ahead >= 0 and plan.prologue >= 0
+
+
+def test_no_prologue_where_the_kernel_waits_before_it_looks():
+    many = H100._replace(batch_size=257)
+    plan = resolve(PrefetchPolicy(prologue=2), many, pdl=True)
+    assert plan.prologue == 0 and "257 requests are more than a block can check" in plan.reason
+    assert resolve(PrefetchPolicy(prologue=2), many._replace(batch_size=256), pdl=True).prologue == 2
+    assert resolve(PrefetchPolicy(prologue=2), many._replace(ready="page_table"), pdl=True).prologue == 2
 
 
 @given(policies, launches, st.booleans())

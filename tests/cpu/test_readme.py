@@ -193,7 +193,6 @@ OWN_TOOLS = ("cli.py", "evidence.py", "gpu_check.py", "bench")
 REASON_FUNCTIONS = (
     "_obstacle",
     "_unusual_mask_or_split",
-    "query_obstacle",
     "rope_obstacle",
     "cache_obstacle",
     "_stride_obstacle",

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fi_prefetch
-from fi_prefetch import decision, decode, device, jit, reference
+from fi_prefetch import decision, decode, device, dispatch, jit, reference
 from fi_prefetch.prefetch import PrefetchPolicy
 
 HAS_0_7 = hasattr(flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper, "_plan_impl")
@@ -767,18 +767,49 @@ def test_gpu_kernel_that_cannot_plan(gpu, half_batch):
     assert "too little shared memory" in wrapper.kernel_choice.reason
 
 
-def misaligned(batch) -> torch.Tensor:
-    memory = torch.zeros(batch.cache.numel() + 8, dtype=batch.cache.dtype)
-    return memory[4 : 4 + batch.cache.numel()].view(batch.cache.shape).copy_(batch.cache)
+@pytest.fixture
+def far(monkeypatch):
+    """Makes a copy of a batch's cache that is, as the dispatcher is told, beyond the reach of our kernel's offsets."""
+    copies: list[torch.Tensor] = []
+    obstacle = dispatch.cache_obstacle
+
+    def of_a_copy(k: torch.Tensor, v: torch.Tensor) -> str | None:
+        if any(k.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for x in copies):
+            return "k_cache spans 160 GiB in units of 16 bytes, more than 32-bit offsets reach"
+        return obstacle(k, v)
+
+    def make(batch) -> torch.Tensor:
+        copies.append(batch.cache.clone())
+        return copies[-1]
+
+    monkeypatch.setattr(dispatch, "cache_obstacle", of_a_copy)
+    return make
+
+
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(x.numel() + 8, dtype=x.dtype)[4 : 4 + x.numel()].view(x.shape).copy_(x)
+
+
+def test_gpu_queries_are_brought_to_boundaries_and_caches_must_lie_on_them(gpu, half_batch):
+    """Both kernels read 16 bytes at a time."""
+    wrapper = planned(half_batch)
+    expected = wrapper.run(half_batch.q, half_batch.cache)
+    for q in (misaligned(half_batch.q), torch.nn.functional.pad(half_batch.q, (0, 2))[..., :-2]):
+        assert torch.equal(wrapper.run(q, half_batch.cache), expected)
+    assert not gpu.flashinfers
+    with pytest.raises(ValueError, match="paged_kv_cache: expected a start on a multiple of 16 bytes"):
+        wrapper.run(half_batch.q, misaligned(half_batch.cache))
+    with pytest.raises(ValueError, match="paged_kv_cache: expected a start on a multiple of 16 bytes"):
+        fi_prefetch.prefetch_kv(wrapper, misaligned(half_batch.cache))
 
 
 @pytest.mark.parametrize("tensor_cores", [False, True])
-def test_gpu_late_flashinfer(gpu, half_batch, tensor_cores):
+def test_gpu_late_flashinfer(gpu, half_batch, tensor_cores, far):
     """A cache that our kernel cannot read: FlashInfer plans at the first such run, once, and ours serves the rest."""
     wrapper = planned(half_batch, use_tensor_cores=tensor_cores, sm_scale=0.5, seq_lens=torch.tensor([5, 0, 16, 33]))
     ours = [wrapper.run(half_batch.q, half_batch.cache) for _ in range(2)]
     for _ in range(2):
-        assert wrapper.run(half_batch.q, misaligned(half_batch), q_scale=3.0) == "their result"
+        assert wrapper.run(half_batch.q, far(half_batch), q_scale=3.0) == "their result"
         assert wrapper.kernel_choice.kernel == "flashinfer" and "16 bytes" in wrapper.kernel_choice.reason
         assert wrapper.resolved_backend != "fi_prefetch"
     assert [name for name, _ in gpu.flashinfers] == ["plan", "run", "run"]
@@ -793,15 +824,15 @@ def test_gpu_late_flashinfer(gpu, half_batch, tensor_cores):
     assert wrapper.kernel_choice.kernel == "fi_prefetch"
     # A new plan is a new plan for FlashInfer, too.
     wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
-    wrapper.run(half_batch.q, misaligned(half_batch))
+    wrapper.run(half_batch.q, far(half_batch))
     assert [name for name, _ in gpu.flashinfers] == ["plan", "run", "run", "plan", "run"]
 
 
-def test_gpu_late_flashinfer_while_capturing(gpu, half_batch, monkeypatch):
+def test_gpu_late_flashinfer_while_capturing(gpu, half_batch, monkeypatch, far):
     wrapper = planned(half_batch)
     monkeypatch.setattr(decode.BatchDecodeWithPagedKVCacheWrapper, "_is_capturing", lambda self: True)
     with pytest.raises(RuntimeError, match="16 bytes.*captured"):
-        wrapper.run(half_batch.q, misaligned(half_batch))
+        wrapper.run(half_batch.q, far(half_batch))
     wrapper.run(half_batch.q, half_batch.cache)
     assert not gpu.flashinfers
 
@@ -873,7 +904,7 @@ def fast_plan_arguments(wrapper, batch, form: int) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("form", [15, 16, 19, 20])
-def test_gpu_fast_plan(gpu, half_batch, make_batch, dense_decode, form):
+def test_gpu_fast_plan(gpu, half_batch, make_batch, dense_decode, form, far):
     """FlashInfer's fast_decode_plan itself needs a CUDA device; this does what it does with the wrapper."""
     wrapper = planned(half_batch, use_tensor_cores=form != 15)
     later = make_batch([40, 1, 17], seed=1, dtype=torch.bfloat16)
@@ -884,7 +915,7 @@ def test_gpu_fast_plan(gpu, half_batch, make_batch, dense_decode, form):
     assert wrapper.kernel_choice.kernel == "fi_prefetch"
     assert not gpu.flashinfers
     # Also once FlashInfer had to serve a run of this plan.
-    wrapper.run(later.q, misaligned(later))
+    wrapper.run(later.q, far(later))
     wrapper._plan_info = wrapper._cached_module.plan(*fast_plan_arguments(wrapper, later, form))
     assert_decodes(wrapper.run(later.q, later.cache, return_lse=True), dense_decode(later), rtol=1e-2)
 
@@ -916,7 +947,7 @@ def test_gpu_fast_plan_of_several_query_tokens(gpu, make_batch, dense_decode):
     assert not gpu.flashinfers
 
 
-def test_gpu_prefetch_kv(gpu, half_batch):
+def test_gpu_prefetch_kv(gpu, half_batch, far):
     wrapper = planned(half_batch, prefetch="auto", window_left=9)
     assert fi_prefetch.prefetch_kv(wrapper, half_batch.cache) is True
     module = only(gpu.modules)
@@ -928,7 +959,7 @@ def test_gpu_prefetch_kv(gpu, half_batch):
     assert module.calls[-1][1][9] == (50 << 20) // 4
     count = len(module.calls)
     assert fi_prefetch.prefetch_kv(wrapper, half_batch.cache, budget=0) is False
-    assert fi_prefetch.prefetch_kv(wrapper, misaligned(half_batch)) is False
+    assert fi_prefetch.prefetch_kv(wrapper, far(half_batch)) is False
     assert len(module.calls) == count
 
 
