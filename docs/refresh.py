@@ -82,13 +82,15 @@ def performance() -> str:
 def section(folder: Path, stem: str, result: dict[str, Any]) -> list[str]:
     """What the performance page says of one result file."""
     path = (folder / f"{stem}.json").relative_to(ROOT).as_posix()
-    state = "complete" if result["complete"] else "stopped before its end"
-    ceiling = f"read ceiling {result['read_ceiling_gbs']:.0f} GB/s"
-    parts = [
-        f"### {stem}\n",
-        f"`{path}`: commit `{(result['commit'] or 'unknown')[:12]}`, PyTorch {result['torch']}, FlashInfer "
-        f"{result['flashinfer']}, driver {result['driver']}, {ceiling}; {state}.\n",
-    ]
+    facts = [f"commit `{(result['commit'] or 'unknown')[:12]}`", f"PyTorch {result['torch']}"]
+    facts += [f"FlashInfer {result['flashinfer']}", f"driver {result['driver']}"]
+    if "sglang" in result:
+        facts.append(f"SGLang {result['sglang']}")
+    if "read_ceiling_gbs" in result:
+        facts.append(f"read ceiling {result['read_ceiling_gbs']:.0f} GB/s")
+    if "complete" in result:
+        facts.append("complete" if result["complete"] else "stopped before its end")
+    parts = [f"### {stem}\n", f"`{path}`: {', '.join(facts)}.\n"]
     kind = tables.kind_of(result)
     if kind in DRAWN_KINDS:
         for picture in sorted((PICTURES / folder.name / stem).glob("*.png"), key=lambda p: (p.stem[0] != "t", p.stem)):

@@ -48,7 +48,7 @@ class Table:
 
 
 def kind_of(result: dict[str, Any]) -> str:
-    """Which kind of `fi-prefetch bench` a file is of; ValueError where it is none.
+    """Which kind of `fi-prefetch bench` a file is of, or "sglang"; ValueError where it is none.
 
     Files do not say it; the columns of their rows do.
     """
@@ -59,6 +59,7 @@ def kind_of(result: dict[str, Any]) -> str:
         ("window", "window_us"),
         ("map", "part"),
         ("prefetch", "levers"),
+        ("sglang", "ms_per_step"),
         ("plan_time", "us"),
     ):
         if column in rows[0]:
@@ -187,6 +188,24 @@ def plan_time(result: dict[str, Any]) -> Table:
     return Table("Host time of plan(), us", ("heads", "page", "batch", *names), lines, words=3)
 
 
+def sglang(result: dict[str, Any]) -> Table:
+    """A decode step of SGLang's engine, by attention backend."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["ms_per_step"]))
+    lines = []
+    for row in result["rows"]:
+        steps, share = row["ms_per_step"], row["attention_share"]
+        context = row["context"]
+        lens = context if isinstance(context, list) else [[context, row["batch"]]]
+        others = [time for name, time in steps.items() if name != "fi_prefetch"]
+        factor = f"{min(others) / steps['fi_prefetch']:.3f}" if others and "fi_prefetch" in steps else "-"
+        cache = "fp8" if row["kv_dtype"].startswith("fp8") else "bf16"
+        model = row["model"] + ("" if row["tp"] == 1 else f" TP-{row['tp']}")
+        times = (f"{steps[name]:.2f}" if name in steps else "-" for name in names)
+        lines.append((model, cache, batch({"kv_lens": lens}), *times, factor, "-" if share is None else f"{share:.0%}"))
+    columns = ("model", "KV", "batch", *names, "speed-up", "attention's share")
+    return Table("A decode step in SGLang, ms", columns, lines, words=3)
+
+
 def paper(result: dict[str, Any]) -> Table:
     """The paper's kernel, with its prefetch and without."""
     from .paper import TABLE_COLUMNS, table_rows
@@ -203,6 +222,7 @@ VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "levers": levers,
     "window": window,
     "plan-time": plan_time,
+    "sglang": sglang,
     "paper": paper,
 }
 OF_KIND = {
@@ -211,6 +231,7 @@ OF_KIND = {
     "prefetch": ("levers",),
     "window": ("window",),
     "plan_time": ("plan-time",),
+    "sglang": ("sglang",),
     "map": ("paper",),
 }
 
