@@ -452,6 +452,21 @@ def test_classes_and_losses_are_in_words_what_the_rows_say() -> None:
     assert tables.losses(result).markdown().startswith("| heads | page | batch | KV |")
 
 
+def test_the_table_of_sglangs_steps() -> None:
+    row = {"model": "llama-3-8b", "tp": 1, "batch": 16, "context": 2048, "kv_dtype": "auto", "attention_share": 0.214}
+    both = {**row, "ms_per_step": {"fi_prefetch": 8.0, "fa3": 10.0, "flashinfer": 9.0}}
+    alone = {**row, "tp": 2, "context": [[65536, 1], [4096, 31]], "kv_dtype": "fp8_e4m3", "attention_share": None}
+    alone["ms_per_step"] = {"fi_prefetch": 7.126}
+    result = {**HEADER, "rows": [both, alone]}
+    assert tables.kind_of(result) == "sglang"
+    [table] = tables.tables(result)
+    assert list(table.columns[3:6]) == ["fi_prefetch", "fa3", "flashinfer"]
+    assert [list(line) for line in table.rows] == [
+        ["llama-3-8b", "bf16", "16 x 2K", "8.00", "10.00", "9.00", "1.125", "21%"],
+        ["llama-3-8b TP-2", "fp8", "1 x 64K + 31 x 4K", "7.13", "-", "-", "-", "-"],
+    ]
+
+
 def test_a_table_has_a_cell_for_everything() -> None:
     rows = [row_of(SMALL, 5.0, fa3=8.0, flashinfer_xqa=None), row_of(SKEWED_FP8, None, fa3=8.0)]
     cells = report.table_rows(rows, ["fa3", "flashinfer_xqa"])

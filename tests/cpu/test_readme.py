@@ -300,6 +300,9 @@ def numbers_of(result: dict) -> list[float]:
     from fi_prefetch.bench import report
 
     found = list(leaves(result))
+    for steps in (row["ms_per_step"] for row in result.get("rows", []) if "ms_per_step" in row):
+        others = [time for name, time in steps.items() if name != "fi_prefetch"]
+        found += [min(others) / steps["fi_prefetch"]] if others else []
     rows = [row for row in result.get("rows", []) if "baselines_us" in row]
     for only_flashinfer in (False, True):
         speedups = report.speedups(rows, only_flashinfer)
@@ -312,7 +315,12 @@ def numbers_of(result: dict) -> list[float]:
 def unfounded(cells: list[str], numbers: list[float]) -> list[str]:
     """Cells that no number gives when it is rounded to as many places."""
     return [
-        cell for cell in cells if not any(f"{number:.{len(cell.partition('.')[2])}f}" == cell for number in numbers)
+        cell
+        for cell in cells
+        if not any(
+            f"{number:.0%}" == cell if cell.endswith("%") else f"{number:.{len(cell.partition('.')[2])}f}" == cell
+            for number in numbers
+        )
     ]
 
 
