@@ -23,7 +23,7 @@ from . import __version__, evidence
 console = Console()
 
 BENCH_KINDS = ("grid", "prefetch", "layer", "window", "map", "plan_time")
-DRAWN_KINDS = ("grid", "map")
+DRAWN_KINDS = ("grid", "map", "sglang")
 # The baselines of bench/baselines.py; named here so that `--help` need not import FlashInfer.
 BASELINE_NAMES = ("flashinfer_cuda_core", "flashinfer_fa2", "flashinfer_fa3", "flashinfer_xqa", "fa3")
 # Those that are worth a place in a layer: the others are slower everywhere.

@@ -159,7 +159,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws a grid's times over KV bytes and its speed-ups over batch and length, or a map's gain over bytes in flight.
+    """Draws a grid's times over KV bytes and its speed-ups over batch and length, a map's gain over bytes in flight, or
+    SGLang's decode steps.
 
     Returns the PNG files written to `folder`; none for other kinds of files. Raises ImportError, saying what to
     install, where matplotlib is not there.
@@ -172,6 +173,8 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     if any("part" in row for row in result["rows"]):
         return [_plot_map(result, folder / "gain_over_bytes_in_flight.png")]
+    if any("ms_per_step" in row for row in result["rows"]):
+        return [_plot_steps(result, folder / "step_against_the_others.png")]
     rows = [row for row in result["rows"] if row.get("fi_prefetch_us") is not None]
     written = [_plot_times(rows, result, folder / "time_over_kv_bytes.png")] if rows else []
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -185,6 +188,34 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
         if len(members) > 1 and speedups(members):
             written.append(_plot_heat_map(speedups(members), result, title, folder / name))
     return written
+
+
+def _plot_steps(result: dict[str, Any], path: Path) -> Path:
+    """How long a decode step takes with each of the other backends, against ours."""
+    from matplotlib import pyplot
+
+    from .tables import sglang
+
+    cases = [
+        (" ".join(line[:3]), row["ms_per_step"])
+        for line, row in zip(sglang(result).rows, result["rows"], strict=True)
+        if len(row["ms_per_step"]) > 1
+    ]
+    names = sorted({name for _, steps in cases for name in steps} - {"fi_prefetch"})
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.5 * len(cases)))
+    for i, name in enumerate(names):
+        places = [place + 0.8 * i / len(names) for place, (_, steps) in enumerate(cases) if name in steps]
+        ratios = [steps[name] / steps["fi_prefetch"] for _, steps in cases if name in steps]
+        axes.barh(places, ratios, height=0.7 / len(names), label=name)
+    axes.axvline(1.0, color="k", linewidth=0.8)
+    axes.set_yticks([place + 0.4 * (len(names) - 1) / len(names) for place in range(len(cases))], [x for x, _ in cases])
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="a decode step's time, against fi_prefetch's", title=f"SGLang {result.get('sglang')}, {result['gpu']}"
+    )
+    axes.legend()
+    _save(figure, path, result)
+    return path
 
 
 def _plot_map(result: dict[str, Any], path: Path) -> Path:

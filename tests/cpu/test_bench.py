@@ -452,7 +452,7 @@ def test_classes_and_losses_are_in_words_what_the_rows_say() -> None:
     assert tables.losses(result).markdown().startswith("| heads | page | batch | KV |")
 
 
-def test_the_table_of_sglangs_steps() -> None:
+def test_sglangs_steps_give_a_table_and_a_plot(tmp_path: Path) -> None:
     row = {"model": "llama-3-8b", "tp": 1, "batch": 16, "context": 2048, "kv_dtype": "auto", "attention_share": 0.214}
     both = {**row, "ms_per_step": {"fi_prefetch": 8.0, "fa3": 10.0, "flashinfer": 9.0}}
     alone = {**row, "tp": 2, "context": [[65536, 1], [4096, 31]], "kv_dtype": "fp8_e4m3", "attention_share": None}
@@ -465,6 +465,8 @@ def test_the_table_of_sglangs_steps() -> None:
         ["llama-3-8b", "bf16", "16 x 2K", "8.00", "10.00", "9.00", "1.125", "21%"],
         ["llama-3-8b TP-2", "fp8", "1 x 64K + 31 x 4K", "7.13", "-", "-", "-", "-"],
     ]
+    [picture] = report.plot(result, tmp_path)
+    assert report.digest(result).encode() in picture.read_bytes()
 
 
 def test_a_table_has_a_cell_for_everything() -> None:
