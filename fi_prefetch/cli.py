@@ -149,7 +149,7 @@ def check_architectures(_: click.Context, __: click.Parameter, values: tuple[str
     callback=check_architectures,
     help='Compile for this architecture ("9.0a") instead of the GPUs here; repeatable.',
 )
-@click.option("--only", default="", help="Compile the variants with this text in their names.")
+@click.option("--only", default="", help="Compile the variant of this name, or those with this text in theirs.")
 @click.option("--jobs", "-j", type=click.IntRange(1), default=4, show_default=True, help="Compilations at a time.")
 @click.option(
     "--aot",
@@ -162,7 +162,8 @@ def build(arch: list[str], only: str, jobs: int, aot: Path | None) -> None:
 
     from . import jit
 
-    variants = [variant for variant in jit.all_variants() if only in variant.name]
+    named = [variant for variant in jit.all_variants() if variant.name == only]
+    variants = named or [variant for variant in jit.all_variants() if only in variant.name]
     if not variants:
         raise click.ClickException(f"no variant has {only!r} in its name")
     failed: list[str] = []

