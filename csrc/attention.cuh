@@ -144,11 +144,7 @@ class WarpAttention {
       sum_[c] = 0.0f;
     }
 #pragma unroll
-    for (int d = 0; d < kProducts; ++d)
-#pragma unroll
-      for (int n = 0; n < T::kRowTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) output_[d][n][i] = 0.0f;
+    for (int d = 0; d < kProducts; ++d) clear(output_[d]);
   }
 
   /// Takes in the tile whose rows lie at `k_tile` and `v_tile` in shared memory.
@@ -232,6 +228,13 @@ class WarpAttention {
  private:
   static constexpr int kProducts = T::kHeadDim / 16;  // 16 dimensions each: steps of Q K^T, row blocks of O^T
   static constexpr int kColumns = 2 * T::kRowTiles;   // query rows that a lane has in its fragments
+
+  FI_PREFETCH_DEVICE static void clear(float (&sums)[T::kRowTiles][4]) {
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[n][i] = 0.0f;
+  }
 
   /// Word k of lane 4i + j becomes word j of lane 4i + k.
   FI_PREFETCH_DEVICE static void transpose_in_four_lanes(uint32_t (&x)[4]) {
@@ -350,10 +353,7 @@ class WarpAttention {
   FI_PREFETCH_DEVICE void multiply_k(uint32_t k_tile, float (&scores)[T::kRowTiles][4]) const {
     // Two sums side by side: a product waits for the one before it with the same sums.
     float even[T::kRowTiles][4], odd[T::kRowTiles][4];
-#pragma unroll
-    for (int n = 0; n < T::kRowTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) even[n][i] = odd[n][i] = 0.0f;
+    clear(even), clear(odd);
     const uint32_t row_address = k_tile + matrix_offset_;
 #pragma unroll
     for (int pair = 0; pair < T::kRowChunks / 2; ++pair) {
@@ -394,10 +394,7 @@ class WarpAttention {
                                              float (&scores)[T::kRowTiles][4]) const {
     constexpr int kParts = T::kFp8 ? 2 : 1;  // products' worth of dimensions in a pair of chunks
     float low_sum[T::kRowTiles][4], high_sum[T::kRowTiles][4];
-#pragma unroll
-    for (int n = 0; n < T::kRowTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) low_sum[n][i] = high_sum[n][i] = 0.0f;
+    clear(low_sum), clear(high_sum);
     const uint32_t row_address = k_tile + matrix_offset_;
     const uint32_t own_position = position + lane_index() / 4;
 #pragma unroll

@@ -1,8 +1,8 @@
 // The entry points: FlashInfer's `plan`, `workspace_size` and `run` of a batch-decode module, and `prefetch_kv`.
 //
-// One compilation serves one choice of element types, head_dim, sliding window, soft cap and position encoding;
-// fi_prefetch/jit.py sets the FI_PREFETCH_* macros. Everything is checked here that memory safety hangs on, whatever
-// the Python side did before.
+// One compilation serves one choice of element types, head_dim, sliding window, soft cap, position encoding, and of the
+// decode kernel or the batch-invariant one; fi_prefetch/jit.py sets the FI_PREFETCH_* macros. Everything is checked
+// here that memory safety hangs on, whatever the Python side did before.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/dtype.h>
@@ -18,6 +18,7 @@
 #include <string>
 
 #include "decode.cuh"
+#include "fixed_split.cuh"
 #include "prefetch_kv.cuh"
 
 namespace fi_prefetch {
@@ -30,6 +31,7 @@ using tvm::ffi::TensorView;
 constexpr bool kWindow = FI_PREFETCH_SLIDING_WINDOW;
 constexpr bool kSoftCap = FI_PREFETCH_SOFT_CAP;
 constexpr Position kPosition = Position{FI_PREFETCH_POSITION};
+constexpr bool kFixedSplit = FI_PREFETCH_FIXED_SPLIT;
 
 /// About 24 KB of ring a warp: eight warps then keep up to 128 KB on the way, four times what an H200's SM needs to
 /// read at its share of HBM (34 GB/s at 1 us). Never below three, so that two tiles fly while one is computed on.
@@ -102,20 +104,38 @@ cudaStream_t current_stream(DLDevice device) {
   return static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
 }
 
-/// What plan() decided. Grid and block are limits of speed, not of correctness: a tuner may change them.
+/// What plan() decided. Grid and block are limits of speed, not of correctness: a tuner may change them, but for those
+/// of fixed splits, whose bits hang on the warps.
 struct Plan {
   int64_t blocks;
   int64_t warps;
-  int64_t min_tiles_per_warp;
+  int64_t tiles;  // fewest a warp (0: the kernel chooses); with fixed splits a split's
 };
 
 uint32_t shared_bytes(int64_t warps, int64_t rows) { return SharedMemory<AnyTraits>::bytes(warps, rows); }
 
-int64_t partial_bytes(int64_t blocks, int64_t rows) {
-  return 2 * blocks * rows * AnyTraits::kPartialStride * sizeof(float);
+/// Rows of partials and counters that blocks need to meet, for every query row of a kv head.
+struct Meeting {
+  int64_t slots;
+  int64_t counters;
+};
+
+Meeting meeting_of_blocks(int64_t blocks) { return {2 * blocks, 3 * blocks}; }
+
+/// The splits that a page table can have at most: of whole ones no more than its pages hold, and a shorter one a
+/// request and head. Nothing meets where every request is one split.
+Meeting meeting_of_splits(int64_t split_tiles, int64_t num_indices, int64_t page_size, int64_t batch_size,
+                          int64_t num_kv_heads) {
+  if (split_tiles == kWholeRequest) return {0, 0};
+  const int64_t splits = (num_indices * page_size / (split_tiles * kTileTokens) + batch_size) * num_kv_heads;
+  return {splits, splits};
 }
 
-int64_t counter_bytes(int64_t blocks, int64_t rows) { return 3 * blocks * rows * sizeof(int32_t); }
+int64_t partial_bytes(const Meeting& m, int64_t rows) {
+  return m.slots * rows * AnyTraits::kPartialStride * sizeof(float);
+}
+
+int64_t counter_bytes(const Meeting& m, int64_t rows) { return m.counters * rows * sizeof(int32_t); }
 
 int64_t row_count(int64_t num_qo_heads, int64_t num_kv_heads) {
   FI_PREFETCH_CHECK(num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0, ValueError)
@@ -140,15 +160,20 @@ Plan make_plan(int64_t rows, int device) {
 
 /// What the Python side keeps of a plan and hands back to run().
 constexpr int kPlanNumbers = 8;
-Array<int64_t> plan_info(const Plan& plan, int64_t rows) {
+Array<int64_t> plan_info(const Plan& plan, const Meeting& meeting, int64_t rows) {
   return {plan.blocks,
           plan.warps,
           static_cast<int64_t>(shared_bytes(plan.warps, rows)),
-          partial_bytes(plan.blocks, rows),
-          counter_bytes(plan.blocks, rows),
+          partial_bytes(meeting, rows),
+          counter_bytes(meeting, rows),
           rows,
-          plan.min_tiles_per_warp,
+          plan.tiles,
           AnyTraits::kStages};
+}
+
+void check_plan_info(const Array<int64_t>& info) {
+  FI_PREFETCH_CHECK(info.size() == kPlanNumbers, ValueError)
+      << "plan_info: expected the " << kPlanNumbers << " numbers that plan() returned, got " << info.size();
 }
 
 void check_batch_size(int64_t batch_size, int64_t warps) {
@@ -168,7 +193,8 @@ void check_head_dim(int64_t head_dim_qk, int64_t head_dim_vo) {
 /// FlashInfer's plan. Touches no tensor's contents and copies nothing: the schedule is made on the device, in run().
 /// `num_qo_heads` counts query rows: query heads times query tokens per request.
 /// Returns [blocks, warps a block, shared-memory bytes, float workspace bytes, counter bytes, query rows per kv head,
-/// fewest tiles a warp (0: the kernel chooses), tiles a warp's ring holds].
+/// fewest tiles a warp (0: the kernel chooses), tiles a warp's ring holds]. With fixed splits every request is one of
+/// them, unless fix_splits() follows.
 Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorView, int64_t batch_size,
                     int64_t num_qo_heads, int64_t num_kv_heads, int64_t, bool, int64_t window_left,
                     double logits_soft_cap, int64_t head_dim_qk, int64_t head_dim_vo, TensorView, TensorView) {
@@ -178,16 +204,39 @@ Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorVi
       << " a sliding window and " << (kSoftCap ? "with" : "without") << " a soft cap, got " << window_left << " and "
       << logits_soft_cap;
   const int64_t rows = row_count(num_qo_heads, num_kv_heads);
-  const Plan made = make_plan(rows, float_workspace.device().device_id);
+  Plan made = make_plan(rows, float_workspace.device().device_id);
   check_batch_size(batch_size, made.warps);
-  return plan_info(made, rows);
+  if constexpr (kFixedSplit) {
+    made.tiles = kWholeRequest;
+    return plan_info(made, {0, 0}, rows);
+  }
+  return plan_info(made, meeting_of_blocks(made.blocks), rows);
+}
+
+/// The plan with splits of `split_tokens` tokens, rounded up to whole tiles, and with room for all that a page table of
+/// `num_indices` pages can have.
+Array<int64_t> fix_splits(Array<int64_t> info, int64_t split_tokens, int64_t num_indices, int64_t page_size,
+                          int64_t batch_size, int64_t num_kv_heads) {
+  check_plan_info(info);
+  FI_PREFETCH_CHECK(kFixedSplit, ValueError) << "fix_splits: this module was compiled without fixed splits";
+  FI_PREFETCH_CHECK(split_tokens >= 1, ValueError) << "split_tokens: expected 1 or more, got " << split_tokens;
+  FI_PREFETCH_CHECK(num_indices >= 0 && page_size >= 1 && batch_size >= 0 && num_kv_heads >= 1, ValueError)
+      << "fix_splits: expected counts, got " << num_indices << " pages of " << page_size << " tokens, " << batch_size
+      << " requests and " << num_kv_heads << " heads";
+  const int64_t tiles = std::min<int64_t>((split_tokens - 1) / kTileTokens + 1, kWholeRequest);
+  FI_PREFETCH_CHECK((static_cast<double>(num_indices) * page_size / tiles + batch_size) * num_kv_heads < 1e12,
+                    ValueError)
+      << "fix_splits: " << num_indices << " pages of " << page_size << " tokens, " << batch_size << " requests and "
+      << num_kv_heads << " heads are too many splits";
+  const Meeting meeting = meeting_of_splits(tiles, num_indices, page_size, batch_size, num_kv_heads);
+  return plan_info({info[0], info[1], tiles}, meeting, info[5]);
 }
 
 /// The plan with another grid: what a tuner found, or tries. At most as many warps a block as plan() said.
 Array<int64_t> adjust_plan(Array<int64_t> info, int64_t batch_size, int64_t blocks, int64_t warps,
                            int64_t min_tiles_per_warp) {
-  FI_PREFETCH_CHECK(info.size() == kPlanNumbers, ValueError)
-      << "plan_info: expected the " << kPlanNumbers << " numbers that plan() returned, got " << info.size();
+  check_plan_info(info);
+  FI_PREFETCH_CHECK(!kFixedSplit, ValueError) << "adjust_plan: with fixed splits the grid is part of the result";
   FI_PREFETCH_CHECK(blocks >= 1 && blocks <= kMaxBlocks, ValueError)
       << "blocks: expected 1 to " << kMaxBlocks << ", got " << blocks;
   FI_PREFETCH_CHECK(warps >= 1 && warps <= info[1], ValueError)
@@ -195,31 +244,32 @@ Array<int64_t> adjust_plan(Array<int64_t> info, int64_t batch_size, int64_t bloc
   FI_PREFETCH_CHECK(min_tiles_per_warp >= 0 && min_tiles_per_warp <= kMostMinTiles, ValueError)
       << "min_tiles_per_warp: expected 0 (the kernel chooses) to " << kMostMinTiles << ", got " << min_tiles_per_warp;
   check_batch_size(batch_size, warps);
-  return plan_info({blocks, warps, min_tiles_per_warp}, info[5]);
+  return plan_info({blocks, warps, min_tiles_per_warp}, meeting_of_blocks(blocks), info[5]);
 }
 
-/// FlashInfer's workspace_size: [float workspace bytes, int workspace bytes].
+/// FlashInfer's workspace_size: [float workspace bytes, int workspace bytes]; what fixed splits need, fix_splits()
+/// says.
 Array<int64_t> workspace_size(TensorView device_buffer, TensorView, int64_t, int64_t num_qo_heads, int64_t num_kv_heads,
                               int64_t, bool, int64_t, double, int64_t head_dim_qk, int64_t head_dim_vo, TensorView,
                               TensorView) {
   check_head_dim(head_dim_qk, head_dim_vo);
   const int64_t rows = row_count(num_qo_heads, num_kv_heads);
-  const Plan made = make_plan(rows, device_buffer.device().device_id);
-  return {partial_bytes(made.blocks, rows), counter_bytes(made.blocks, rows)};
+  if constexpr (kFixedSplit) return {0, 0};
+  const Meeting meeting = meeting_of_blocks(make_plan(rows, device_buffer.device().device_id).blocks);
+  return {partial_bytes(meeting, rows), counter_bytes(meeting, rows)};
 }
 
 Plan read_plan(const Array<int64_t>& info, int64_t rows, int device) {
-  FI_PREFETCH_CHECK(info.size() == kPlanNumbers, ValueError)
-      << "plan_info: expected the " << kPlanNumbers << " numbers that plan() returned, got " << info.size();
+  check_plan_info(info);
   const Plan made{info[0], info[1], info[6]};
   const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   FI_PREFETCH_CHECK(made.blocks >= 1 && made.blocks <= kMaxBlocks && made.warps >= 1 && made.warps <= kMaxWarps &&
-                        made.min_tiles_per_warp >= 0 && made.min_tiles_per_warp <= kMostMinTiles &&
+                        made.tiles >= kFixedSplit && made.tiles <= (kFixedSplit ? kWholeRequest : kMostMinTiles) &&
                         shared_bytes(made.warps, rows) <= limit,
                     ValueError)
       << "plan_info: " << made.blocks << " blocks of " << made.warps << " warps (" << shared_bytes(made.warps, rows)
-      << " bytes of shared memory), at least " << made.min_tiles_per_warp
-      << " tiles a warp, is beyond what this kernel or this GPU takes";
+      << " bytes of shared memory), " << made.tiles << " tiles a " << (kFixedSplit ? "split" : "warp at least")
+      << ", is beyond what this kernel or this GPU takes";
   return made;
 }
 
@@ -320,6 +370,12 @@ void set_cache(DecodeParams& p, const TensorView& k, const TensorView& v, const 
   t.max_pages_per_request = (std::numeric_limits<int32_t>::max() - 64 * kTileTokens) / ks.page_size;
 }
 
+int32_t* running_counter(const Optional<TensorView>& running, DLDevice device) {
+  if (!running.has_value()) return nullptr;
+  check_vector<int32_t>(running.value(), "running", 1, device);
+  return static_cast<int32_t*>(running.value().data_ptr());
+}
+
 struct Launch {
   int64_t blocks;
   int64_t warps;
@@ -345,13 +401,25 @@ void launch(const Launch& l, int device, const Params&... params) {
   check_cuda(cudaLaunchKernelEx(&config, KERNEL, params...), "cudaLaunchKernelEx");
 }
 
+/// The kernel of this module for up to 8 query rows a kv head (T: Traits<1>) or more.
+template <typename T>
+void launch_attention(const Launch& l, int device, const DecodeParams& p, const Plan& plan, const Meeting& meeting) {
+  if constexpr (kFixedSplit) {
+    const FixedSplitParams fixed{static_cast<uint32_t>(plan.tiles), static_cast<uint32_t>(meeting.slots)};
+    launch<fixed_split_kernel<T>>(l, device, p, fixed);
+  } else {
+    launch<decode_kernel<T>>(l, device, p);
+  }
+}
+
 /// FlashInfer's run up to enable_pdl; then what this kernel takes besides. `counters`: int32, zero before the first
-/// run, one buffer per stream of calls; every run leaves it zero. `prefetch`: the fields of PrefetchLevers.
+/// run, one buffer per stream of calls; every run leaves it zero. `prefetch`: the fields of PrefetchLevers. `running`:
+/// int32, zero between calls, what prefetch_kv() gets as well.
 void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, TensorView q, TensorView k, TensorView v,
          TensorView indptr, TensorView indices, TensorView last_page_len, TensorView o, Optional<TensorView> maybe_lse,
          int64_t kv_layout_code, int64_t window_left, bool enable_pdl, Optional<TensorView> maybe_sinks,
          double logits_soft_cap, double sm_scale, double v_scale, double rope_scale, double rope_theta, int64_t q_len,
-         Array<int64_t> prefetch) {
+         Array<int64_t> prefetch, Optional<TensorView> maybe_running) {
   DecodeParams p{};
   set_cache(p, k, v, indptr, indices, last_page_len, kv_layout_code);
   const DLDevice device = k.device();
@@ -428,36 +496,45 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
 
   if (batch_size == 0) return;
   const Plan made = read_plan(info, rows, device.device_id);
-  p.min_tiles_per_warp = made.min_tiles_per_warp;
+  p.min_tiles_per_warp = made.tiles;
   check_batch_size(batch_size, made.warps);
+  const Meeting meeting =
+      kFixedSplit ? meeting_of_splits(made.tiles, p.table.num_indices, p.table.page_size, batch_size, p.num_kv_heads)
+                  : meeting_of_blocks(made.blocks);
   const auto bytes_of = [](const TensorView& x) { return x.numel() * ((x.dtype().bits * x.dtype().lanes + 7) / 8); };
   const auto same_device = [&](const TensorView& x) {
     return x.device().device_type == device.device_type && x.device().device_id == device.device_id;
   };
   FI_PREFETCH_CHECK(same_device(float_workspace) && float_workspace.IsContiguous() &&
-                        bytes_of(float_workspace) >= partial_bytes(made.blocks, rows) &&
+                        bytes_of(float_workspace) >= partial_bytes(meeting, rows) &&
                         reinterpret_cast<uintptr_t>(float_workspace.data_ptr()) % 16 == 0,
                     ValueError)
-      << "float_workspace_buffer: expected at least " << partial_bytes(made.blocks, rows)
+      << "float_workspace_buffer: expected at least " << partial_bytes(meeting, rows)
       << " contiguous bytes, 16-byte aligned, on " << name_of(device) << ", got " << bytes_of(float_workspace) << " on "
       << name_of(float_workspace.device());
-  check_vector<int32_t>(counters, "counters", counter_bytes(made.blocks, rows) / sizeof(int32_t), device);
+  check_vector<int32_t>(counters, "counters", counter_bytes(meeting, rows) / sizeof(int32_t), device);
+  // partial_offset() counts floats in 32 bits.
+  FI_PREFETCH_CHECK(partial_bytes(meeting, rows) / sizeof(float) < 1ull << 32, ValueError)
+      << "fixed_split_size: " << meeting.slots << " splits of " << rows << " rows are more than 16 GiB of partials";
   p.partials = static_cast<float*>(float_workspace.data_ptr());
   p.counters = static_cast<int32_t*>(counters.data_ptr());
+  p.running = running_counter(maybe_running, device);
 
   tvm::ffi::CUDADeviceGuard guard(device.device_id);
   const Launch l{made.blocks, made.warps, shared_bytes(made.warps, rows), enable_pdl, current_stream(device)};
   if (rows <= 8) {
-    launch<decode_kernel<Traits<1>>>(l, device.device_id, p);
+    launch_attention<Traits<1>>(l, device.device_id, p, made, meeting);
   } else {
-    launch<decode_kernel<Traits<2>>>(l, device.device_id, p);
+    launch_attention<Traits<2>>(l, device.device_id, p, made, meeting);
   }
 }
 
-/// Brings up to `budget_bytes` of what a run() with this plan reads first into L2, with `num_blocks` blocks.
+/// Brings up to `budget_bytes` of what a run() with this plan reads first into L2, with `num_blocks` blocks; stops when
+/// a run() with the same `running` begins.
 void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView indptr, TensorView indices,
                  TensorView last_page_len, int64_t kv_layout_code, int64_t window_left, int64_t q_len,
-                 int64_t budget_bytes, int64_t num_blocks, bool evict_last) {
+                 int64_t budget_bytes, int64_t num_blocks, bool evict_last, Optional<TensorView> maybe_running) {
+  FI_PREFETCH_CHECK(!kFixedSplit, ValueError) << "prefetch_kv: not with fixed splits";
   DecodeParams p{};
   set_cache(p, k, v, indptr, indices, last_page_len, kv_layout_code);
   const DLDevice device = k.device();
@@ -466,9 +543,10 @@ void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView ind
   FI_PREFETCH_CHECK(num_blocks >= 1 && num_blocks <= kMaxBlocks, ValueError)
       << "num_blocks: expected 1 to " << kMaxBlocks << ", got " << num_blocks;
   p.q_len = q_len;
+  p.running = running_counter(maybe_running, device);
   p.window_left = std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max() / 2);
   const Plan made = read_plan(info, 1, device.device_id);
-  p.min_tiles_per_warp = made.min_tiles_per_warp;
+  p.min_tiles_per_warp = made.tiles;
   const int64_t tiles = budget_bytes / (made.blocks * made.warps * AnyTraits::kStageBytes);
   if (tiles <= 0 || p.table.batch_size == 0) return;
   check_batch_size(p.table.batch_size, made.warps);
@@ -485,6 +563,7 @@ void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView ind
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan, fi_prefetch::plan);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(adjust_plan, fi_prefetch::adjust_plan);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(fix_splits, fi_prefetch::fix_splits);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_size, fi_prefetch::workspace_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, fi_prefetch::run);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefetch_kv, fi_prefetch::prefetch_kv);

@@ -119,6 +119,21 @@ FI_PREFETCH_DEVICE void touch(const DecodeParams& p) {
   for (uint32_t i = 0; i < sizeof(DecodeParams) / 4; i += 16) ptx::opaque(words[i]);
 }
 
+/// Brings the counters into L2, a line a block: an atomic addition waits for a line that HBM has, and between two
+/// layers the weights push it out.
+FI_PREFETCH_DEVICE void prefetch_counters(const DecodeParams& p) {
+  constexpr uint32_t kPerLine = 128 / sizeof(int32_t);
+  const uint32_t counters = 3 * gridDim.x * p.group_size * p.q_len;
+  for (uint32_t i = blockIdx.x * kPerLine; threadIdx.x == 0 && i < counters; i += gridDim.x * kPerLine) {
+    ptx::prefetch_l2_evict_last(p.counters + i);
+  }
+}
+
+/// Says that this block reads KV (1), or does no more (-1).
+FI_PREFETCH_DEVICE void count_running(const DecodeParams& p, int32_t change) {
+  if (p.running != nullptr && threadIdx.x == 0) ptx::add_relaxed(p.running, change);
+}
+
 /// Requests without tiles: output 0, lse -inf. Spread over all blocks, those without other work included.
 template <typename T>
 FI_PREFETCH_DEVICE void write_empty_requests(const DecodeParams& p) {
@@ -204,6 +219,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   const bool early_load = p.dependent_launch && p.levers.early_load && p.levers.ready == kAllButLastToken;
   const bool is_final = p.levers.ready != kNothing;
   bool before_wait = p.dependent_launch && (is_final || RequestScan<T::kWindow>::can_compare(p));
+  prefetch_counters(p);
   if (!before_wait) ptx::wait_for_dependencies();
   touch(p);
 
@@ -214,7 +230,8 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     pipeline.start(piece.first, piece.count);
     if (before_wait) {
       const uint32_t tiles = min(piece.count, static_cast<uint32_t>(p.levers.prologue));
-      if (tiles > 0) prefetch_head_of_piece<T>(p, piece.first, tiles, /*evict_last=*/false);
+      const auto never = [] { return false; };
+      if (tiles > 0) prefetch_head_of_piece<T>(p, piece.first, tiles, /*evict_last=*/false, never);
     }
     keep_shares<T>(p, scan, piece, shared);
     if (scan.in_shared_memory()) __syncthreads();  // it lies where the rings are
@@ -255,6 +272,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
         }
         again = verify && scan.changed(pipeline.first_page_changed());
         if (again) break;
+        count_running(p, 1);
         if (piece.some_request_is_empty) write_empty_requests<T>(p);
         if (count == 0) break;
       }
@@ -284,6 +302,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     if (scan.in_shared_memory()) __syncthreads();
   }
 
+  count_running(p, -1);
   if (blockIdx.x * warps >= piece.partition.workers) return;  // a block without work, all of its warps
   __syncthreads();
   merge_shares<T>(p, shared);

@@ -71,6 +71,7 @@ struct DecodeParams {
   const float* sinks;  // [num_qo_heads] or null
   float* partials;     // [2 * gridDim.x, rows, HEAD_DIM + 4]
   int32_t* counters;   // [3 * gridDim.x, rows], zero between calls
+  int32_t* running;    // counts the blocks that read KV now, for a window's prefetch to give way; null: nobody asks
   // Only read with rotary positions:
   double rope_turns;  // by which the first pair of dimensions is turned from token to token: 1 / (2 pi rope_scale)
   double rope_ratio;  // of a pair of dimensions' turns to those of the pair before it: rope_theta^(-2 / HEAD_DIM)

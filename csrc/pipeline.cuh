@@ -60,7 +60,7 @@ class KvPipeline {
 
   /// Starts loading this lane's first page number again. Every other one is loaded by issue().
   FI_PREFETCH_DEVICE void read_first_page_again() {
-    if (count_ > 0) first_page_again_ = __ldcg(p_.table.indices + first_page_at_);
+    if (count_ > 0) first_page_again_ = ptx::load_and_keep(p_.table.indices + first_page_at_);
   }
   FI_PREFETCH_DEVICE bool first_page_changed() const { return ptx::opaque(first_page_again_) != first_page_; }
 
@@ -114,14 +114,12 @@ class KvPipeline {
   /// a lane. They are used two tiles later: with 128 KB on their way to every SM a load takes as long as a tile or two.
   /// Returns where in `indices` this lane's stands.
   FI_PREFETCH_DEVICE int32_t load_pages() {
-    const int32_t token =
-        min(ahead_.request.first_token + static_cast<int32_t>(ahead_.tile / 2 * (2 * kTileTokens) + lane_index()),
-            ahead_.request.length - 1);
-    const PageSlot place(p_.table, token);
+    const TokenPlace place(
+        p_.table, ahead_.request,
+        ahead_.request.first_token + static_cast<int32_t>(ahead_.tile / 2 * (2 * kTileTokens) + lane_index()));
     slot_ = place.slot;
-    const int32_t at = ahead_.request.page_begin + place.page;
-    page_ = __ldcg(p_.table.indices + at);
-    return at;
+    page_ = place.page;
+    return place.at;
   }
 
   /// Works out where the rows of the pair lie whose page numbers were loaded.

@@ -16,6 +16,22 @@ struct PageSlot {
         slot(token - page * table.page_size) {}
 };
 
+/// Where a token of a request lies, but for the number of its page, whose load may still be on its way.
+struct TokenPlace {
+  int32_t at;    // where in `indices` the page number stands
+  int32_t page;  // as the page table says
+  uint32_t slot;
+
+  /// Starts the load. A token beyond the request's length stands for its last one. Bypasses L1 (see load_row;
+  /// request_of bounds the position).
+  FI_PREFETCH_DEVICE TokenPlace(const PageTable& table, const Request& request, int32_t token) {
+    const PageSlot place(table, min(token, request.length - 1));
+    at = request.page_begin + place.page;
+    page = ptx::load_and_keep(table.indices + at);
+    slot = place.slot;
+  }
+};
+
 /// No page number leads outside the cache: negative ones are large unsigned ones. Applied where the number is used, not
 /// where it is loaded, so that nobody waits for the load before.
 FI_PREFETCH_DEVICE uint32_t clamped_page(const PageTable& table, int32_t page) {
@@ -42,14 +58,12 @@ class TileRows {
 
   FI_PREFETCH_DEVICE void set_head(uint32_t head) { head_offset_ = head * head_stride_; }
 
-  /// Starts the load of the page number of this lane's token, `distance` tiles after the cursor's. A tile's rows beyond
-  /// the request's length stand for its last token. Bypasses L1 (see load_request, which also bounds the position).
+  /// Starts the load of the page number of this lane's token, `distance` tiles after the cursor's.
   template <typename Cursor>
   FI_PREFETCH_DEVICE RowPlace find(const DecodeParams& p, const Cursor& at, uint32_t distance = 0) const {
-    const int32_t token = min(at.token() + static_cast<int32_t>(distance * kTileTokens + lane_index() % kTileTokens),
-                              at.request.length - 1);
-    const PageSlot place(p.table, token);
-    return {__ldcg(p.table.indices + at.request.page_begin + place.page), place.slot * token_stride_ + head_offset_};
+    const int32_t token = at.token() + static_cast<int32_t>(distance * kTileTokens + lane_index() % kTileTokens);
+    const TokenPlace place(p.table, at.request, token);
+    return {place.page, place.slot * token_stride_ + head_offset_};
   }
 
   /// In units from the tensor's base.
@@ -98,13 +112,13 @@ class TileRows {
   uint32_t head_offset_;
 };
 
-/// Brings the first `tiles` tiles of a warp's piece into L2. What it reads of the page table may be stale: it decides
-/// nothing but which lines are asked for.
-template <typename T>
+/// Brings the first `tiles` tiles of a warp's piece into L2, or fewer once `give_way()` says so. What it reads of the
+/// page table may be stale: it decides nothing but which lines are asked for.
+template <typename T, typename GiveWay>
 FI_PREFETCH_DEVICE void prefetch_head_of_piece(const DecodeParams& p, TileCursor<T::kWindow> cursor, uint32_t tiles,
-                                               bool evict_last) {
+                                               bool evict_last, const GiveWay& give_way) {
   TileRows rows(p, cursor.head);
-  for (uint32_t i = 0; i < tiles; ++i) {
+  for (uint32_t i = 0; i < tiles && !give_way(); ++i) {
     rows.prefetch<T>(p, cursor, rows.find(p, cursor), 0, evict_last);
     if (i + 1 == tiles) break;
     cursor.advance(p);

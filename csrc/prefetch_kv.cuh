@@ -1,5 +1,6 @@
 // The window lever: a kernel of its own that brings the head of every warp's piece of a coming decode call into L2,
-// while the step does something that leaves HBM idle. Nobody waits for it.
+// while the step does something that leaves HBM idle. Nobody waits for it, and it gives way when the call begins: from
+// then on the call reads for itself, and every line asked for here as well would be read twice.
 #pragma once
 
 #include "prefetch.cuh"
@@ -13,8 +14,9 @@ struct PrefetchKvParams {
   int32_t evict_last;       // 1: ask that the lines stay until they are read
 };
 
-/// Any number of blocks of whole warps; dynamic shared memory: RequestScan::shared_bytes. A few blocks, each standing
-/// in for many of the decode call's: one SM asks for ten times its share of HBM.
+/// Any number of blocks of whole warps; dynamic shared memory: RequestScan::shared_bytes. With as many blocks as the
+/// decode call's, of as many warps, a block asks for what the block of the same number will read, on the same SM where
+/// the GPU is free: lines that another SM asked for are read at 4.1 TB/s, those that the same did at 6.8 (H100).
 template <typename T>
 __global__ void __launch_bounds__(256)
     prefetch_kv_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ PrefetchKvParams window) {
@@ -22,13 +24,14 @@ __global__ void __launch_bounds__(256)
   ptx::launch_dependents();
   RequestScan<T::kWindow> scan(p, ptx::dynamic_shared_memory());
   const Partition partition = cut(p, scan, window.blocks, window.warps);
+  const auto give_way = [&] { return p.running != nullptr && ptx::load_relaxed(p.running) > 0; };
   const uint32_t stride = gridDim.x * warps_per_block();
   for (uint32_t worker = blockIdx.x * warps_per_block() + warp_index(); worker < partition.workers; worker += stride) {
     const uint32_t begin = partition.begin(worker);
     const uint32_t count = min(partition.begin(worker + 1) - begin, window.tiles_per_warp);
     if (count == 0) continue;
     const TileCursor<T::kWindow> first(scan.locate(begin, p.num_kv_heads));
-    prefetch_head_of_piece<T>(p, first, count, window.evict_last);
+    prefetch_head_of_piece<T>(p, first, count, window.evict_last, give_way);
   }
 }
 

@@ -82,6 +82,16 @@ FI_PREFETCH_DEVICE float4 load_past_l1<float4>(const float* source) {
   return x;
 }
 
+/// A word of the page table, past L1, which may keep what the kernel before was still writing. The line is to leave L2
+/// after others: all layers of a step read the same table, and 100 MB of weights pass between two of them.
+FI_PREFETCH_DEVICE int32_t load_and_keep(const int32_t* source) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  int32_t x;
+  asm volatile("ld.global.cg.L2::cache_hint.s32 %0, [%1], %2;" : "=r"(x) : "l"(source), "l"(policy) : "memory");
+  return x;
+}
+
 // ---- L2: prefetch (9.7.9.15), cp.async.bulk.prefetch (9.7.9.25.4), createpolicy (9.7.9.18) ------------------------
 
 /// Brings the line that holds `address` into L2. A hint: it never faults on a mapped address and returns nothing.
@@ -203,6 +213,18 @@ FI_PREFETCH_DEVICE int32_t add_acquire_release(int32_t* counter, int32_t value) 
   int32_t before;
   asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
+}
+
+/// Adds to a counter that orders nothing (red.relaxed, section 9.7.13.8).
+FI_PREFETCH_DEVICE void add_relaxed(int32_t* counter, int32_t value) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+/// What such a counter is now.
+FI_PREFETCH_DEVICE int32_t load_relaxed(const int32_t* counter) {
+  int32_t x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
+  return x;
 }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ struct TableRow {
 /// they may see the previous kernel's half-written table, and a line left in L1 would be served again after the wait.
 FI_PREFETCH_DEVICE TableRow load_row(const PageTable& table, uint32_t r) {
   if (r >= static_cast<uint32_t>(table.batch_size)) return {0, 0, 0};
-  return {__ldcg(table.indptr + r), __ldcg(table.indptr + r + 1), __ldcg(table.last_page_len + r)};
+  return {ptx::load_and_keep(table.indptr + r), ptx::load_and_keep(table.indptr + r + 1),
+          ptx::load_and_keep(table.last_page_len + r)};
 }
 
 /// The request of a row. Every value is clamped so that no content of the page table can lead to an access outside
@@ -95,16 +96,29 @@ FI_PREFETCH_DEVICE Request load_request(const DecodeParams& p, uint32_t r) {
   return request_of<WINDOW>(p, load_row(p.table, r));
 }
 
-/// A position on the line of tiles: tile `offset % tiles` of kv head `offset / tiles` of a request.
+/// The lines that work may be laid out on count a request's tiles of one kv head as what they are,
+struct TileCount {
+  FI_PREFETCH_DEVICE uint32_t operator()(const Request& request) const { return request.tiles; }
+};
+
+/// or as splits of `tiles` tiles, the last of which may be shorter.
+struct SplitCount {
+  uint32_t tiles;
+  FI_PREFETCH_DEVICE uint32_t operator()(const Request& request) const { return (request.tiles + tiles - 1) / tiles; }
+};
+
+/// A position on the line of tiles: tile `offset % tiles` of kv head `offset / tiles` of a request. On a line of splits
+/// the same with splits.
 struct Location {
   Request request{};
   uint32_t request_index = 0;
   uint32_t offset = 0;
 };
 
-/// The requests and the running sums of their tiles. A batch of up to 32 lies in the registers of every warp, one
-/// request a lane, and no warp waits for another; a larger one in shared memory, 32 requests a group.
-template <bool WINDOW>
+/// The requests and the running sums of their tiles (or of their splits: COUNT). A batch of up to 32 lies in the
+/// registers of every warp, one request a lane, and no warp waits for another; a larger one in shared memory, 32
+/// requests a group.
+template <bool WINDOW, typename COUNT = TileCount>
 class RequestScan {
  public:
   static __host__ __device__ constexpr uint32_t shared_bytes(uint32_t batch_size) {
@@ -112,13 +126,13 @@ class RequestScan {
   }
 
   /// Collective over the block. `shared`: shared_bytes of memory, in use until the last locate().
-  FI_PREFETCH_DEVICE RequestScan(const DecodeParams& p, uint8_t* shared) {
+  FI_PREFETCH_DEVICE RequestScan(const DecodeParams& p, uint8_t* shared, COUNT count = {}) : count_(count) {
     const uint32_t batch_size = p.table.batch_size;
     const uint32_t lane = lane_index();
     if (batch_size <= 32) {
       row_ = load_row(p.table, lane);
       request_ = request_of<WINDOW>(p, row_);
-      sum_ = warp_inclusive_sum(request_.tiles);
+      sum_ = warp_inclusive_sum(count_(request_));
       total_ = __shfl_sync(kFullWarp, sum_, 31);
       longest_ = __reduce_max_sync(kFullWarp, request_.tiles);
       some_empty_ = __any_sync(kFullWarp, lane < batch_size && request_.tiles == 0);
@@ -133,7 +147,7 @@ class RequestScan {
       row_ = load_row(p.table, r);
       const Request request = request_of<WINDOW>(p, row_);
       requests_[r] = request;
-      sums_[r] = warp_inclusive_sum(request.tiles);
+      sums_[r] = warp_inclusive_sum(count_(request));
       empty |= r < batch_size && request.tiles == 0;
     }
     some_empty_ = __syncthreads_or(empty);
@@ -166,7 +180,7 @@ class RequestScan {
 
   FI_PREFETCH_DEVICE bool in_shared_memory() const { return groups_ > 0; }
   FI_PREFETCH_DEVICE bool some_request_is_empty() const { return some_empty_; }
-  /// Tiles of one kv head over all requests.
+  /// Tiles (or splits) of one kv head over all requests.
   FI_PREFETCH_DEVICE uint32_t total() const { return total_; }
   /// Tiles of one kv head of the longest request.
   FI_PREFETCH_DEVICE uint32_t longest() const { return longest_; }
@@ -194,14 +208,15 @@ class RequestScan {
     }
     const uint32_t beyond = __ballot_sync(kFullWarp, heads * (before + sum_) > position);
     const int hit = beyond != 0 ? __ffs(beyond) - 1 : 31;
-    const uint32_t start = before + __shfl_sync(kFullWarp, sum_ - request_.tiles, hit);
+    const uint32_t start = before + __shfl_sync(kFullWarp, sum_ - count_(request_), hit);
     return {request_.of_lane(hit), group * 32 + hit, position - heads * start};
   }
 
  private:
+  COUNT count_;
   uint32_t groups_ = 0;  // in shared memory
   Request* requests_ = nullptr;
-  uint32_t* sums_ = nullptr;  // tiles of a request and of those before it in its group
+  uint32_t* sums_ = nullptr;  // tiles (or splits) of a request and of those before it in its group
   TableRow row_{};            // what this lane read last, and what it says now
   TableRow row_again_{};
   Request request_{};  // this lane's of the group at hand, and its sum

@@ -16,6 +16,7 @@ _TILE_TOKENS = 16
 _MOST_BLOCKS = 1024  # that the kernel's merge takes
 # Our module's plan does not read the page table, which may not be on the host.
 _NO_INDPTR = torch.empty(0, dtype=torch.int32)
+_NO_WORKSPACES = (torch.empty(0, dtype=torch.uint8),) * 2
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,14 @@ def kernel_for(spec: DecodeSpec, where: torch.device) -> tuple[KernelChoice, Any
 
 
 def decide(
-    spec: DecodeSpec, kv_bytes: int | None, float_workspace: torch.Tensor, int_workspace: torch.Tensor,
+    spec: DecodeSpec, kv_bytes: int | None, most_pages: int, float_workspace: torch.Tensor, int_workspace: torch.Tensor,
     pinned_workspace: torch.Tensor,
 ) -> Decision:  # fmt: skip
     """Who serves a spec with these workspaces, on their device.
 
     Args:
         kv_bytes: upper bound of the KV that a call reads; None where nobody knows, as in a CUDA graph.
+        most_pages: that a page table of this plan may list.
     """
     choice, module = kernel_for(spec, float_workspace.device)
     if module is None:
@@ -72,17 +74,23 @@ def decide(
     try:
         with on_device(float_workspace.device):
             plan_info = module.plan(*workspaces, _NO_INDPTR, *_shape(spec))
+            if spec.split_tokens is not None:
+                plan_info = module.fix_splits(
+                    plan_info, spec.split_tokens, most_pages, spec.page_size, spec.batch_size, spec.num_kv_heads
+                )
     except (RuntimeError, ValueError) as error:
         return Decision(spec, KernelChoice("flashinfer", f"our kernel's plan failed: {error}"), kv_bytes)
     size = float_workspace.numel() * float_workspace.element_size()
     choice = dispatch.check_workspace(choice, int(plan_info[3]), size)
     if choice.kernel != "fi_prefetch":
         return Decision(spec, choice, kv_bytes)
-    tuned = _on_tuned_grid(module, plan_info, spec, kv_bytes, device.facts(float_workspace.device))
-    if int(tuned[3]) <= size:
-        plan_info = tuned
+    if spec.split_tokens is None:  # else the grid is part of the result
+        tuned = _on_tuned_grid(module, plan_info, spec, kv_bytes, device.facts(float_workspace.device))
+        if int(tuned[3]) <= size:
+            plan_info = tuned
     blocks, warps, _, partial_bytes, counter_bytes, _, _, stages = (int(number) for number in list(plan_info))
     tile_bytes = 2 * _TILE_TOKENS * spec.head_dim * spec.dtype_kv.itemsize
+    counter_bytes = max(counter_bytes, 4)  # a launch takes a buffer of them even where nothing meets
     return Decision(
         spec, choice, kv_bytes, module, plan_info, blocks, warps, stages, tile_bytes, partial_bytes, counter_bytes
     )
@@ -99,10 +107,15 @@ def _on_tuned_grid(module: Any, plan_info: Any, spec: DecodeSpec, kv_bytes: int 
         return plan_info
 
 
-def workspace_size(spec: DecodeSpec, module: Any, float_workspace: torch.Tensor) -> tuple[int, int]:
+def workspace_size(spec: DecodeSpec, most_pages: int, module: Any, float_workspace: torch.Tensor) -> tuple[int, int]:
     """Bytes of float and int workspace that our module needs; `float_workspace` only says on which device."""
     with on_device(float_workspace.device):
-        float_bytes, int_bytes = module.workspace_size(float_workspace, _NO_INDPTR, *_shape(spec))
+        if spec.split_tokens is not None:
+            plan_info = module.plan(float_workspace, *_NO_WORKSPACES, _NO_INDPTR, *_shape(spec))
+            shape = (spec.page_size, spec.batch_size, spec.num_kv_heads)
+            _, _, _, float_bytes, int_bytes, *_ = module.fix_splits(plan_info, spec.split_tokens, most_pages, *shape)
+        else:
+            float_bytes, int_bytes = module.workspace_size(float_workspace, _NO_INDPTR, *_shape(spec))
     return int(float_bytes), int(int_bytes)
 
 

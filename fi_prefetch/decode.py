@@ -118,6 +118,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         self._counters: list[torch.Tensor] = []
         self._counters_of: dict[int | None, torch.Tensor] = {}
         self._prefetch_codes: dict[bool, list[int]] = {}
+        # Blocks of a run that read KV now, once `prefetch_kv` was called: it gives way to them.
+        self._running: torch.Tensor | None = None
         # What FlashInfer itself is planned for; whether it is its code that asks; whether its backend was our pick.
         self._flashinfer_spec: DecodeSpec | None = None
         self._flashinfer_asks = False
@@ -194,6 +196,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             sm_count=facts.sm_count,
             ready=self._ready,
             batch_size=decision.spec.batch_size,
+            fixed_split=decision.spec.split_tokens is not None,
         )
         return resolve(self._policy, launch, pdl)
 
@@ -238,6 +241,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             indices: int32 [at least indptr[-1]], page numbers.
             last_page_len: int32 [batch_size], 1 to page_size; 0 only for a request without pages.
             q_len_per_req: query tokens a request, its newest ones; our kernel needs no tensor-core wrapper for it.
+            fixed_split_size: pages; cut every request at multiples of so many (of 16 tokens, rounded up).
+            disable_split_kv: do not cut requests. With either of the two a request's output is the same, bit for bit,
+                whatever else is in the batch, as long as GPU, wrapper arguments and release are the same.
 
         The other arguments are FlashInfer's.
 
@@ -339,7 +345,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         if decision is not None:
             return decision
         workspaces = (self._float_workspace_buffer, self._int_workspace_buffer, self._pin_memory_int_workspace_buffer)
-        decision = decide(spec, kv_bytes, *workspaces)
+        decision = decide(spec, kv_bytes, self._most_pages(spec, kv_bytes), *workspaces)
         if decision.choice.kernel == "none":
             raise NotImplementedError(f"plan: {decision.choice.reason}")
         self._reserve_counters(decision.counter_bytes)
@@ -367,6 +373,12 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         kv_bytes = 2 * num_pages * spec.page_size * spec.num_kv_heads * spec.head_dim * spec.dtype_kv.itemsize
         # A power of two, so that a growing batch changes the launch once in a while and not every step.
         return 1 << (kv_bytes - 1).bit_length() if kv_bytes else 0
+
+    def _most_pages(self, spec: DecodeSpec, kv_bytes: int | None) -> int:
+        """Pages that a table of this plan may list: what its KV bytes bound, or a graph's buffer holds."""
+        if kv_bytes is None:
+            return self._paged_kv_indices_buf.shape[0]
+        return kv_bytes // (2 * spec.page_size * spec.num_kv_heads * spec.head_dim * spec.dtype_kv.itemsize)
 
     def _reserve_counters(self, num_bytes: int, stream: int | None = None) -> torch.Tensor | None:
         """Zeroed counters for launches on a stream; the kernel leaves them zero. None where none are needed."""
@@ -442,7 +454,10 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         for name, tensor in zip(("indptr", "indices", "last_page_len"), table, strict=True):
             if tensor.device != self.device:
                 raise ValueError(f"{name}: expected device {self.device}, got {tensor.device}")
-        num_pages = int(indptr_host[-1]) if indptr_host.device.type == "cpu" else table[1].shape[0]
+        num_pages = table[1].shape[0]
+        # With fixed splits there must be room for all that the table could list.
+        if spec.split_tokens is None and indptr_host.device.type == "cpu":
+            num_pages = int(indptr_host[-1])
         decision = self._decision_for(spec, self._kv_bytes(spec, num_pages))
         self._adopt(decision)
         self._only_for_flashinfer = {}
@@ -637,7 +652,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
                 if codes is None:
                     codes = self._prefetch_codes[pdl] = self._resolve_prefetch(pdl).codes()
                 counters = self._reserve_counters(decision.counter_bytes, self._current_stream())
-                run_kernel(decision, call, self._float_workspace_buffer, counters, pdl, codes)
+                run_kernel(decision, call, self._float_workspace_buffer, counters, pdl, codes, self._running)
         self._choice = decision.choice
         if v_number is None:
             # A scale on the GPU, or one a head: FlashInfer, too, multiplies afterwards.
@@ -801,7 +816,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         if choice.kernel == "reference":
             return 0, 0
         if module is not None:
-            return workspace_size(spec, module, self._float_workspace_buffer)
+            most_pages = self._paged_kv_indices_buf.shape[0] if self._use_cuda_graph else indices.shape[0]
+            return workspace_size(spec, most_pages, module, self._float_workspace_buffer)
         if choice.kernel == "none" or not hasattr(_FlashInferWrapper, "workspace_size"):
             raise NotImplementedError(f"workspace_size: not available, {choice.reason}")
         with self._flashinfer():

@@ -13,6 +13,7 @@ from .device import GpuFacts
 from .jit import HEAD_DIMS, SUPPORTED_MAJORS, Variant
 
 MAX_QUERY_ROWS = 16  # of one kv head: group size times query tokens a request
+WHOLE_REQUEST = 1 << 32  # tokens: more than any request has
 _FLOATS = (torch.float16, torch.bfloat16)
 _FLOAT8S = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -65,7 +66,20 @@ class DecodeSpec(NamedTuple):
             self.window_left >= 0,
             self.logits_soft_cap > 0,
             self.pos_encoding_mode,
+            self.split_tokens is not None,
         )
+
+    @property
+    def split_tokens(self) -> int | None:
+        """At which distance each request is cut, whatever the batch; None: where the batch suits the kernel best.
+
+        FlashInfer counts `fixed_split_size` in pages, says -1 for none, and lets `disable_split_kv` win.
+        """
+        if self.disable_split_kv:
+            return WHOLE_REQUEST
+        if self.fixed_split_size is None or self.fixed_split_size <= 0:
+            return None
+        return self.fixed_split_size * self.page_size
 
 
 @dataclass(frozen=True)
@@ -121,7 +135,7 @@ def _obstacle(spec: DecodeSpec, facts: GpuFacts) -> str | None:
     if spec.pos_encoding_mode == "ALIBI" and spec.logits_soft_cap > 0:
         # FlashInfer's kernel multiplies the logits with sm_scale twice here; whoever asks for it gets that.
         return f"pos_encoding_mode='ALIBI' with logits_soft_cap={spec.logits_soft_cap}"
-    return _unusual_mask_or_split(spec)
+    return _unusual_mask(spec)
 
 
 def _reference_obstacle(spec: DecodeSpec) -> str | None:
@@ -136,16 +150,11 @@ def _reference_obstacle(spec: DecodeSpec) -> str | None:
     return None
 
 
-def _unusual_mask_or_split(spec: DecodeSpec) -> str | None:
+def _unusual_mask(spec: DecodeSpec) -> str | None:
     if spec.window_right != 0:
         return f"window_right={spec.window_right}"
     if spec.is_causal is not None and spec.is_causal != (spec.q_len_per_req > 1):
         return f"is_causal={spec.is_causal} with q_len_per_req={spec.q_len_per_req}"
-    # FlashInfer's fast_decode_plan says -1 for "no fixed size".
-    if spec.fixed_split_size is not None and spec.fixed_split_size != -1:
-        return f"fixed_split_size={spec.fixed_split_size} was asked for"
-    if spec.disable_split_kv:
-        return "disable_split_kv was asked for"
     return None
 
 

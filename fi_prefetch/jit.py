@@ -63,6 +63,7 @@ class Variant(NamedTuple):
         head_dim: 64, 128 or 256.
         sliding_window, soft_cap: whether the kernel has that feature compiled in.
         position: "NONE", "ROPE_LLAMA" or "ALIBI": how the kernel encodes positions.
+        fixed_split: whether it is the batch-invariant kernel, for `fixed_split_size` and `disable_split_kv`.
     """
 
     dtype_q: torch.dtype
@@ -72,6 +73,7 @@ class Variant(NamedTuple):
     sliding_window: bool
     soft_cap: bool
     position: str = "NONE"
+    fixed_split: bool = False
 
     @property
     def name(self) -> str:
@@ -79,7 +81,7 @@ class Variant(NamedTuple):
         return (
             f"fi_prefetch_batch_decode_q_{DTYPE_NAMES[self.dtype_q]}_kv_{DTYPE_NAMES[self.dtype_kv]}"
             f"_o_{DTYPE_NAMES[self.dtype_o]}_hd{self.head_dim}_swa{int(self.sliding_window)}_cap{int(self.soft_cap)}"
-            f"{position}"
+            f"{position}{'_fixed_split' if self.fixed_split else ''}"
         )
 
     def macros(self) -> list[str]:
@@ -92,15 +94,16 @@ class Variant(NamedTuple):
             f"-DFI_PREFETCH_SLIDING_WINDOW={int(self.sliding_window)}",
             f"-DFI_PREFETCH_SOFT_CAP={int(self.soft_cap)}",
             f"-DFI_PREFETCH_POSITION={POSITIONS[self.position]}",
+            f"-DFI_PREFETCH_FIXED_SPLIT={int(self.fixed_split)}",
         ]
 
 
-def all_variants() -> list[Variant]:
-    """Every variant the wrapper can ask for."""
+def all_variants(fixed_split: bool = False) -> list[Variant]:
+    """Every variant the wrapper can ask for: without fixed splits, or with."""
     floats = (torch.bfloat16, torch.float16)
     float8s = (torch.float8_e4m3fn, torch.float8_e5m2)
     return [
-        Variant(dtype_q, dtype_kv, dtype_o, head_dim, sliding_window, soft_cap, position)
+        Variant(dtype_q, dtype_kv, dtype_o, head_dim, sliding_window, soft_cap, position, fixed_split)
         for dtype_q in floats
         for dtype_kv in (dtype_q, *float8s)
         for dtype_o, head_dim, sliding_window, soft_cap, position in itertools.product(
@@ -315,12 +318,13 @@ def _build_and_load(variant: Variant) -> Any:
     try:
         spec = jit_spec(variant)
     except (KernelUnavailableError, OSError) as error:  # no toolkit; a cache that may not be written
-        if not folder:
-            raise KernelUnavailableError(str(error)) from error
-        raise KernelUnavailableError(
-            f"{folder} (FI_PREFETCH_AOT_DIR) has no {variant.name}_{sources_hash()} for the GPUs here, make it with "
-            f"this version's `fi-prefetch build --aot`; and to compile: {error}"
-        ) from error
+        reason = str(error)
+        if folder:
+            reason = (
+                f"{folder} (FI_PREFETCH_AOT_DIR) has no {variant.name}_{sources_hash()} for the GPUs here, make it "
+                f"with this version's `fi-prefetch build --aot`; and to compile: {reason}"
+            )
+        raise KernelUnavailableError(reason) from (error.__cause__ or error)
     compiled = Path(spec.get_library_path()).exists()
     if not compiled:
         message = f"fi_prefetch: compiling {variant.name}, once for this machine (about a minute)"

@@ -43,14 +43,16 @@ class Call:
 
 
 def run_kernel(
-    decision: Decision, call: Call, workspace: torch.Tensor, counters: torch.Tensor, pdl: bool, prefetch: list[int]
-) -> None:
+    decision: Decision, call: Call, workspace: torch.Tensor, counters: torch.Tensor, pdl: bool, prefetch: list[int],
+    running: torch.Tensor | None,
+) -> None:  # fmt: skip
     """Our kernel, on the current stream.
 
     Args:
         workspace: for partial results; counters: int32, zero, and zero again afterwards.
         pdl: launch as a programmatic dependent of the kernel before.
         prefetch: `PrefetchPlan.codes()`.
+        running: int32, counts blocks while they read, for a window's prefetch to give way; None: nobody asks.
     """
     spec = decision.spec
     with on_device(workspace.device):
@@ -77,6 +79,7 @@ def run_kernel(
             call.rope_theta,
             spec.q_len_per_req,
             prefetch,
+            running,
         )
 
 

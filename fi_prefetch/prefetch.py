@@ -19,13 +19,15 @@ READY_CODES = {"nothing": 0, "page_table": 1, "all_but_last_token": 2}
 
 # A pipeline with this many bytes in flight on every SM keeps HBM busy; run-ahead adds nothing to it.
 WELL_FED_BYTES_PER_SM = 64 << 10
-# Up to this much KV a call, the first tiles' latency is a visible part of the call, and the prologue hides it (H100: up
-# to 1.3 us of calls up to 512 MB, nothing at 2 GB; one tile a warp hid as much as two).
+# Up to this much KV a call, the first tiles' latency is a visible part of the call, and the prologue hides it; one tile
+# a warp hides as much as two.
 PROLOGUE_KV_BYTES = 512 * MIB
 PROLOGUE_TILES = 1
+# Up to this much early load beats the prologue. In a layer with more, its full rings keep the queries waiting that the
+# kernel before has just written, and it loses up to 1.2 us to the prologue (H100, layers of a Llama-8B and of a 70B's
+# rank: it wins 0.1 to 0.3 us up to 4 MB, and nothing it could rely on above).
+EARLY_LOAD_KV_BYTES = 4 * MIB
 DEFAULT_L2_FRACTION = 0.5
-# One SM prefetches about 245 GB/s; 32 of them fill a short window, 8 were too slow.
-WINDOW_BLOCKS = 32
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,15 @@ class PrefetchPolicy:
     Attributes:
         run_ahead: tiles beyond a warp's pipeline to prefetch into L2 in the main loop; "auto" chooses.
         prologue: tiles a warp prefetches into L2 before it waits for the kernel before it; "auto" chooses.
-        early_load: start real loads before that wait, where the wrapper's `ready` promises that this is safe.
+        early_load: start real loads before that wait, where the wrapper's `ready` promises that this is safe; "auto"
+            does so where it pays.
         streaming_hint: load KV so that it leaves L2 first.
         l2_budget: what prefetches may hold of L2, as bytes (int) or as a fraction of L2 in [0, 1] (float).
     """
 
     run_ahead: int | Literal["auto"] = "auto"
     prologue: int | Literal["auto"] = "auto"
-    early_load: bool = True
+    early_load: bool | Literal["auto"] = "auto"
     streaming_hint: bool = False
     l2_budget: int | float = DEFAULT_L2_FRACTION
 
@@ -51,9 +54,10 @@ class PrefetchPolicy:
             value = getattr(self, name)
             if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f'{name}: expected "auto" or a number of tiles >= 0, got {value!r}')
-        for name in ("early_load", "streaming_hint"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.early_load != "auto" and not isinstance(self.early_load, bool):
+            raise ValueError(f'early_load: expected "auto", True or False, got {self.early_load!r}')
+        if not isinstance(self.streaming_hint, bool):
+            raise ValueError(f"streaming_hint: expected True or False, got {self.streaming_hint!r}")
         budget_bytes(self.l2_budget, 0)
 
     @classmethod
@@ -122,13 +126,13 @@ _SWITCH = {"1": True, "true": True, "on": True, "0": False, "false": False, "off
 _READERS = {
     "run_ahead": lambda text: text if text == "auto" else int(text),
     "prologue": lambda text: text if text == "auto" else int(text),
-    "early_load": lambda text: _SWITCH[text],
+    "early_load": lambda text: text if text == "auto" else _SWITCH[text],
     "streaming_hint": lambda text: _SWITCH[text],
     "l2_budget": lambda text: float(text) if "." in text else int(text),
 }
 _FORMAT = (
-    'one of auto, off, paper, or "key=value,..." with run_ahead and prologue (tiles or auto), early_load (0 or 1), '
-    "streaming_hint (0 or 1), l2_budget (bytes, or a fraction of L2 such as 0.5)"
+    'one of auto, off, paper, or "key=value,..." with run_ahead and prologue (tiles or auto), early_load (0, 1 or '
+    "auto), streaming_hint (0 or 1), l2_budget (bytes, or a fraction of L2 such as 0.5)"
 )
 
 
@@ -143,6 +147,7 @@ class LaunchFacts(NamedTuple):
         l2_bytes, sm_count: of the GPU.
         ready: what the wrapper's user promises is final when the kernel starts.
         batch_size: requests.
+        fixed_split: whether it is the batch-invariant kernel, which starts with the dependency wait.
     """
 
     blocks: int
@@ -154,6 +159,7 @@ class LaunchFacts(NamedTuple):
     sm_count: int
     ready: str = "nothing"
     batch_size: int = 1
+    fixed_split: bool = False
 
     @property
     def guesses(self) -> bool:
@@ -216,7 +222,7 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
     if facts.kv_bytes is not None:
         limits += f"; a warp reads at most {tiles_per_warp}"
 
-    early_load = policy.early_load and pdl and facts.ready == "all_but_last_token"
+    early_load, why_early_load = _resolve_early_load(policy, facts, pdl)
     asked, why = _asked_prologue(policy, facts, pdl, early_load)
     prologue = min(asked, affordable, tiles_per_warp)
     reasons = [f"prologue {prologue}: {why}" + (f", {limits}" if prologue < asked else "")]
@@ -225,7 +231,7 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
     run_ahead = max(0, min(asked, affordable - prologue, tiles_per_warp - facts.stages))
     reasons.append(f"run-ahead {run_ahead}: {why}" + (f", {limits}" if run_ahead < asked else ""))
 
-    reasons.append(f"early load {'on' if early_load else 'off'}: {_why_early_load(policy, facts, pdl)}")
+    reasons.append(f"early load {'on' if early_load else 'off'}: {why_early_load}")
 
     reasons.append(f"streaming hint {'on' if policy.streaming_hint else 'off'}: the policy says so")
 
@@ -244,6 +250,9 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
     )
 
 
+_STARTS_WITH_THE_WAIT = "the batch-invariant kernel starts with the dependency wait"
+
+
 def _kv_text(facts: LaunchFacts) -> str:
     return "unknown KV" if facts.kv_bytes is None else f"{facts.kv_bytes / MIB:.1f} MiB of KV"
 
@@ -251,6 +260,8 @@ def _kv_text(facts: LaunchFacts) -> str:
 def _asked_prologue(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool, early_load: bool) -> tuple[int, str]:
     if not pdl:
         return 0, "without programmatic dependent launch there is no wait to prefetch before"
+    if facts.fixed_split:
+        return 0, _STARTS_WITH_THE_WAIT
     if not facts.guesses:
         return 0, f"nothing is promised, and {facts.batch_size} requests are more than a block can check afterwards"
     if policy.prologue != "auto":
@@ -275,9 +286,19 @@ def _asked_run_ahead(policy: PrefetchPolicy, facts: LaunchFacts, warps_per_sm: i
     return missing, f"{fed}, {missing} more tiles a warp reach {WELL_FED_BYTES_PER_SM >> 10} KiB"
 
 
-def _why_early_load(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> str:
+def _resolve_early_load(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> tuple[bool, str]:
     if not policy.early_load:
-        return "the policy says so"
+        return False, "the policy says so"
     if not pdl:
-        return "without programmatic dependent launch there is no wait to load before"
-    return f'ready is "{facts.ready}"'
+        return False, "without programmatic dependent launch there is no wait to load before"
+    if facts.fixed_split:
+        return False, _STARTS_WITH_THE_WAIT
+    if facts.ready != "all_but_last_token":
+        return False, f'ready is "{facts.ready}"'
+    if policy.early_load != "auto":
+        return True, "the policy says so"
+    limit = f"{EARLY_LOAD_KV_BYTES // MIB} MiB, up to which it beats the prologue"
+    if facts.kv_bytes is None:
+        return False, f"a CUDA graph may be replayed on more than the {limit}"
+    pays = facts.kv_bytes <= EARLY_LOAD_KV_BYTES
+    return pays, f"{_kv_text(facts)} is {'at most' if pays else 'over'} {limit}"

@@ -10,7 +10,7 @@ from . import device, dispatch
 from .decision import Decision, on_device
 from .decode import BatchDecodeWithPagedKVCacheWrapper
 from .launch import KV_LAYOUT_CODES
-from .prefetch import WINDOW_BLOCKS, budget_bytes
+from .prefetch import budget_bytes
 
 
 def prefetch_kv(
@@ -21,7 +21,8 @@ def prefetch_kv(
 ) -> bool:
     """Prefetches into L2 the head of each block's range, under the schedule that `wrapper.run` will use.
 
-    Fire and forget: it returns at once, and nobody need wait for it. Only a CUDA-graph capture needs `stream` to be
+    Fire and forget: it returns at once, and nobody need wait for it. It gives way when the next `wrapper.run` begins,
+    so a window that was shorter than expected costs little. Only a CUDA-graph capture needs `stream` to be
     joined before it ends, as any stream.
 
     Args:
@@ -30,7 +31,8 @@ def prefetch_kv(
         budget: bytes (int) or fraction of L2 (float) to fill; None: the wrapper's policy's `l2_budget`.
         stream: where to run, after what the current stream holds now; None: the current stream.
 
-    Returns whether a prefetch was launched: False on the CPU, and where our kernel does not serve the plan.
+    Returns whether a prefetch was launched: False on the CPU, where our kernel does not serve the plan, and with
+    `fixed_split_size` or `disable_split_kv`.
 
     Raises RuntimeError before the first plan; ValueError or TypeError for a bad argument, by name.
     """
@@ -44,11 +46,14 @@ def prefetch_kv(
     k, v = wrapper._check_cache(decision.spec, paged_kv_cache)
     facts = device.facts(wrapper.device)
     limit = budget_bytes(wrapper._policy.l2_budget if budget is None else budget, facts.l2_bytes if facts else 0)
-    if decision.module is None or not decision.spec.batch_size or not limit:
+    if decision.module is None or decision.spec.split_tokens is not None or not decision.spec.batch_size or not limit:
         return False
     if dispatch.cache_obstacle(k, v) is not None:
         return False
-    _launch(wrapper, decision, k, v, limit, min(WINDOW_BLOCKS, facts.sm_count), stream)
+    if wrapper._running is None:
+        wrapper._running = torch.zeros(1, dtype=torch.int32, device=wrapper.device)
+    # A block for each of the decode call's, which then finds its lines where it asked for them itself.
+    _launch(wrapper, decision, k, v, limit, decision.blocks, stream)
     return True
 
 
@@ -73,4 +78,5 @@ def _launch(
                 limit,
                 blocks,
                 True,  # evict_last: what was brought in stays until attention reads it
+                wrapper._running,
             )

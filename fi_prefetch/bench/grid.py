@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from . import kernels
 from .baselines import BASELINES, Call, prepare_ours
 from .inputs import DecodeInputs
 from .shapes import Shape
@@ -26,6 +27,12 @@ def verified_timing(inputs: DecodeInputs, call: Call) -> tuple[Timing, float]:
     return time_calls(call, inputs.copies), error
 
 
+def reading(inputs: DecodeInputs, blocks: int) -> Timing:
+    """Time of a kernel that brings the call's KV into shared memory and does nothing with it."""
+    read = kernels.module().read_rows
+    return time_calls(lambda i: read(*inputs.cache(i), inputs.indices, blocks), inputs.copies)
+
+
 def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
     """One row. The kernels' names are those of `baselines.BASELINES`; null where one could not be measured."""
     shape = Shape.from_row(spec)
@@ -36,6 +43,7 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
     row: dict[str, Any] = {
         **shape.to_row(),
         "floor_us": round(context.floor_us(shape.kv_bytes), 3),
+        "read_us": None,
         "fi_prefetch_us": None,
         "baselines_us": times,
         "error": None,
@@ -71,6 +79,11 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
         times[name], row["spread"][name] = round(timing.us, 3), round(timing.spread, 4)
         if warm is not None:
             row["warm_us"][name] = round(warm.us, 3)
+    read, reason = context.attempt("read", functools.partial(reading, inputs, context.facts.sm_count))
+    if read is None:
+        row["missing"]["read"] = reason
+    else:
+        row["read_us"] = round(read.us, 3)
     row["fi_prefetch_us"] = times.pop("fi_prefetch")
     row["error"] = errors.get("fi_prefetch")
     row["error_flashinfer"] = errors.get("flashinfer_fa2", errors.get("flashinfer_cuda_core"))

@@ -1,5 +1,6 @@
-// What a measurement needs beside the kernels it measures: a plain read of memory (the read ceiling), a stretch of time
-// in which HBM is idle (the stand-in for an all-reduce), and the kernel that comes before attention in a layer.
+// What a measurement needs beside the kernels it measures: a plain read of memory (the read ceiling), a read of the
+// rows that a decode call reads (what any kernel takes at least), a stretch of time in which HBM is idle (the stand-in
+// for an all-reduce), and the kernel that comes before attention in a layer.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <tvm/ffi/container/tensor.h>
@@ -8,6 +9,8 @@
 #include <tvm/ffi/function.h>
 
 #include <cstdint>
+
+#include "ptx.cuh"
 
 namespace {
 
@@ -70,6 +73,101 @@ void read(TensorView buffer, TensorView sink, int64_t blocks, int64_t loads) {
   check_launch("read");
 }
 
+constexpr int kRowThreads = 256;
+constexpr uint32_t kTileRows = 16;
+constexpr int kRingBytes = 24 * 1024;  // a warp's
+
+struct Rows {
+  const uint8_t* k;
+  const uint8_t* v;
+  int64_t page_stride, token_stride, head_stride;  // bytes
+  const int32_t* indices;
+  uint32_t tiles;  // of 16 tokens of one head, all heads
+  uint32_t page_size;
+  uint32_t heads;
+};
+
+// Copies the rows of K and V that a decode call reads into shared memory, and does nothing with them: what is left of
+// the call without its arithmetic, its schedule and its merge. Neighbouring tiles are the heads of the same tokens, the
+// order in which HBM reads fastest. Page numbers are loaded before the dependency wait, as if they were final.
+template <int ROW_BYTES>
+__global__ void __launch_bounds__(kRowThreads, 1) read_rows_kernel(const __grid_constant__ Rows rows) {
+  namespace ptx = fi_prefetch::ptx;
+  constexpr uint32_t kChunks = ROW_BYTES / 16, kRowsPerCopy = 32 / kChunks;
+  constexpr uint32_t kStageBytes = 2 * kTileRows * ROW_BYTES, kStages = kRingBytes / kStageBytes;
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t ring = ptx::shared_address(ptx::dynamic_shared_memory()) + warp * kRingBytes;
+  const uint64_t workers = gridDim.x * (kRowThreads / 32), worker = blockIdx.x * (kRowThreads / 32) + warp;
+  const uint32_t begin = rows.tiles * worker / workers, end = rows.tiles * (worker + 1) / workers;
+  const uint64_t policy = ptx::policy_evict_normal();
+  const auto load_row = [&](uint32_t sixteen) -> int64_t {
+    const uint32_t token = sixteen * kTileRows + lane % kTileRows;
+    if (sixteen * rows.heads >= rows.tiles) return 0;
+    return rows.indices[token / rows.page_size] * rows.page_stride + token % rows.page_size * rows.token_stride;
+  };
+  uint32_t sixteen = begin / rows.heads, head = begin % rows.heads;
+  int64_t row = load_row(sixteen), next_row = load_row(sixteen + 1);
+  ptx::wait_for_dependencies();
+  ptx::launch_dependents();
+  for (uint32_t i = 0; i < end - begin; ++i) {
+    const uint32_t stage = ring + i % kStages * kStageBytes;
+#pragma unroll
+    for (uint32_t copy = 0; copy < kTileRows / kRowsPerCopy; ++copy) {
+      const int64_t offset =
+          __shfl_sync(~0u, row, copy * kRowsPerCopy + lane / kChunks) + head * rows.head_stride + lane % kChunks * 16;
+      const uint32_t destination = stage + (copy * 32 + lane) * 16;
+      ptx::copy_async_16(destination, rows.k + offset, policy);
+      ptx::copy_async_16(destination + kTileRows * ROW_BYTES, rows.v + offset, policy);
+    }
+    ptx::copy_async_commit();
+    if (++head == rows.heads) {
+      head = 0;
+      row = next_row;
+      next_row = load_row(++sixteen + 1);
+    }
+    ptx::copy_async_wait<kStages - 1>();
+  }
+  ptx::copy_async_wait<0>();
+}
+
+template <int ROW_BYTES>
+void launch_read_rows(const Rows& rows, int blocks, cudaStream_t stream) {
+  const int shared = kRowThreads / 32 * kRingBytes;
+  cudaFuncSetAttribute(read_rows_kernel<ROW_BYTES>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{dim3(blocks), dim3(kRowThreads), static_cast<size_t>(shared), stream, &attribute, 1};
+  cudaLaunchKernelEx(&config, read_rows_kernel<ROW_BYTES>, rows);
+  check_launch("read_rows");
+}
+
+// Reads all whole tiles of the pages that `indices` lists from `k` and `v` [pages, page_size, heads, 64 or 128], whose
+// strides are equal, with `blocks` blocks.
+void read_rows(TensorView k, TensorView v, TensorView indices, int64_t blocks) {
+  const int64_t bytes = k.dtype().bits / 8;
+  const Rows rows{static_cast<const uint8_t*>(k.data_ptr()),
+                  static_cast<const uint8_t*>(v.data_ptr()),
+                  k.stride(0) * bytes,
+                  k.stride(1) * bytes,
+                  k.stride(2) * bytes,
+                  static_cast<const int32_t*>(indices.data_ptr()),
+                  static_cast<uint32_t>(indices.size(0) * k.size(1) / kTileRows * k.size(2)),
+                  static_cast<uint32_t>(k.size(1)),
+                  static_cast<uint32_t>(k.size(2))};
+  const cudaStream_t stream = current_stream(k);
+  switch (k.size(3) * bytes) {
+    case 64:
+      return launch_read_rows<64>(rows, static_cast<int>(blocks), stream);
+    case 128:
+      return launch_read_rows<128>(rows, static_cast<int>(blocks), stream);
+    case 256:
+      return launch_read_rows<256>(rows, static_cast<int>(blocks), stream);
+    default:
+      TVM_FFI_THROW(ValueError) << "rows must have 64, 128 or 256 bytes, got " << k.size(3) * bytes;
+  }
+}
+
 __global__ void idle_kernel(uint64_t nanoseconds) {
   uint64_t start, now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
@@ -129,5 +227,6 @@ void rope_and_write(TensorView qkv, TensorView cos_sin, TensorView positions, Te
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(read, read);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(read_rows, read_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(idle, idle);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_and_write, rope_and_write);

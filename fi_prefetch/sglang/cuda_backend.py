@@ -80,8 +80,6 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
 
     def _obstacle(self) -> str | None:
         """Why our kernel cannot decode this model, from what SGLang says about it; None where it may."""
-        if self.enable_deterministic:
-            return "deterministic inference asks for splits of a fixed size, whatever else is in the batch"
         if self.decode_uses_dequant_workspace:
             return "the KV cache is unpacked into a workspace before each layer's attention"
         if not self._layers:
@@ -113,7 +111,14 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
             wrapper = self.decode_wrappers[self._get_wrapper_idx(layer)]
             q = torch.zeros(1, layer.tp_q_head_num, layer.head_dim, dtype=updater.q_data_type, device=device)
             try:
-                wrapper.plan(*page_table, *shape, 1, data_type=updater.data_type, q_data_type=updater.q_data_type)
+                wrapper.plan(
+                    *page_table,
+                    *shape,
+                    1,
+                    data_type=updater.data_type,
+                    q_data_type=updater.q_data_type,
+                    fixed_split_size=self.decode_split_tile_size,
+                )
                 wrapper.forward(
                     q,
                     self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
@@ -153,11 +158,13 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
         # SGLang captures a batch size once for each LoRA variant. A graph keeps the addresses of the wrapper that it
         # was captured with, so the second capture must not replace it.
         if bs not in self._graph_wrappers:
+            # Splits of a fixed size need room for as many as the table could list: no more than these requests have.
+            most_slots = num_tokens * self.indices_updater_decode.req_to_token.shape[1]
             self._graph_wrappers[bs] = [
                 self._wrapper(
                     use_cuda_graph=True,
                     paged_kv_indptr_buffer=self.kv_indptr[i][: num_tokens + 1],
-                    paged_kv_indices_buffer=self.cuda_graph_kv_indices[i],
+                    paged_kv_indices_buffer=self.cuda_graph_kv_indices[i][:most_slots],
                     paged_kv_last_page_len_buffer=self.kv_last_page_len[:num_tokens],
                 )
                 for i in range(self.num_wrappers)
@@ -197,6 +204,10 @@ class _DecodePageTable(FlashInferIndicesUpdaterDecode):
 
     def call_begin_forward(self, wrapper: Any, *args: Any, **kwargs: Any) -> None:
         given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+        if self.attn_backend.enable_deterministic:
+            # SGLang asks for none inside CUDA graphs, where FlashInfer's planner could not place splits. Our kernel
+            # cuts on the device, so a step in a graph gives the same bits as one outside.
+            given |= {"fixed_split_size": self.attn_backend.decode_split_tile_size, "disable_split_kv": False}
         # With lengths on the host SGLang sums them up there, for FlashInfer's planner; our kernel has none.
         lengths, given["seq_lens_cpu"] = given["seq_lens_cpu"], None
         # Where the window's layers have a pool of their own, SGLang translates as many slots as the GPU says there are,

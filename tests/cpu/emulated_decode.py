@@ -10,6 +10,7 @@ import torch
 from emulator import build as emulator
 
 LOG2E = math.log2(math.e)
+WHOLE_REQUEST = 1 << 28  # tiles of a split: no request has more
 CUDA_TYPES = {
     torch.bfloat16: "__nv_bfloat16",
     torch.float16: "__half",
@@ -18,6 +19,7 @@ CUDA_TYPES = {
 }
 SOURCE = r"""
 #include "decode.cuh"
+#include "fixed_split.cuh"
 #include "prefetch_kv.cuh"
 using namespace fi_prefetch;
 using T =
@@ -58,6 +60,19 @@ EMULATOR_EXPORT const char* decode(const void* q, void* o, float* lse, const flo
   return emulator::launch({.grid = dim3(blocks), .block = dim3(32 * warps), .shared_bytes = bytes,
                            .seed = uint64_t(seed), .resident_blocks = int(resident),
                            .dependencies_end = dependencies_end}, decode_kernel<T>, p);
+}
+
+EMULATOR_EXPORT const char* fixed_split(const void* q, void* o, float* lse, const float* sinks, const uint8_t* k,
+                                        const uint8_t* v, const int32_t* indptr, const int32_t* indices,
+                                        const int32_t* last_page_len, float* partials, int32_t* counters,
+                                        const int64_t* n, const double* x, int64_t blocks, int64_t warps, int64_t seed,
+                                        int64_t resident, int64_t tiles, int64_t capacity, void (*dependencies_end)()) {
+  const DecodeParams p = params(q, o, lse, sinks, k, v, indptr, indices, last_page_len, partials, counters, n, x);
+  uint32_t bytes = SharedMemory<T>::bytes(warps, p.group_size * p.q_len);
+  return emulator::launch({.grid = dim3(blocks), .block = dim3(32 * warps), .shared_bytes = bytes,
+                           .seed = uint64_t(seed), .resident_blocks = int(resident),
+                           .dependencies_end = dependencies_end},
+                          fixed_split_kernel<T>, p, FixedSplitParams{uint32_t(tiles), uint32_t(capacity)});
 }
 
 EMULATOR_EXPORT const char* prefetch_kv(const void* q, void* o, float* lse, const float* sinks, const uint8_t* k,
@@ -110,6 +125,15 @@ class Problem:
     stages: int | None = None
     dependencies_end: object = None
     with_lse: bool = True
+    split_tiles: int | None = None  # the batch-invariant kernel's; None: the decode kernel
+
+    @property
+    def most_splits(self) -> int:
+        """As csrc/decode.cu counts them."""
+        if self.split_tiles == WHOLE_REQUEST:
+            return 0
+        tokens = len(self.indices) * self.k.shape[1]
+        return (tokens // (16 * self.split_tiles) + len(self.last_page_len)) * self.k.shape[2]
 
     @property
     def rows(self) -> int:
@@ -158,8 +182,9 @@ def arguments(problem: Problem):
     o, o_buffer = guarded(tuple(p.q.shape), p.o_dtype or p.q.dtype)
     lse, lse_buffer = guarded(tuple(p.q.shape[:2]), torch.float32)
     stride = p.q.shape[2] + 4
-    partials, partials_buffer = guarded((2 * p.blocks * p.rows * stride,), torch.float32)
-    counters = torch.zeros(3 * p.blocks * p.rows + 32, dtype=torch.int32)
+    slots, meetings = (2 * p.blocks, 3 * p.blocks) if p.split_tiles is None else (p.most_splits, p.most_splits)
+    partials, partials_buffer = guarded((slots * p.rows * stride,), torch.float32)
+    counters = torch.zeros(max(meetings * p.rows, 1), dtype=torch.int32)
     itemsize = p.k.element_size()
     byte_strides = [s * itemsize for t in (p.k, p.v) for s in (t.stride(0), t.stride(1), t.stride(2))]
     unit_shift = min((s & -s).bit_length() - 1 for s in byte_strides if s > 0)
@@ -193,8 +218,12 @@ def run(problem: Problem):
     lib = library(problem)
     call, memory, o, lse, counters, buffers = arguments(problem)
     emulator.register(lib, *memory)
-    emulator.call(lib, "decode", *call, problem.blocks, problem.warps, problem.seed, problem.resident,
-                  problem.dependencies_end)  # fmt: skip
+    grid = (problem.blocks, problem.warps, problem.seed, problem.resident)
+    if problem.split_tiles is None:
+        emulator.call(lib, "decode", *call, *grid, problem.dependencies_end)
+    else:
+        splits = (problem.split_tiles, problem.most_splits)
+        emulator.call(lib, "fixed_split", *call, *grid, *splits, problem.dependencies_end)
     assert not counters.any(), f"counters left at {counters.tolist()}"
     for buffer in buffers:
         assert buffer[:64].isnan().all() and buffer[-64:].isnan().all(), "a guard area was written"

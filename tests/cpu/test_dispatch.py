@@ -37,6 +37,8 @@ SERVED = {
     "empty batch": {"batch_size": 0},
     "asked for by name": {"backend": "fi_prefetch"},
     "FlashInfer's way to say no fixed split": {"fixed_split_size": -1},
+    "fixed split": {"fixed_split_size": 4},
+    "no split": {"disable_split_kv": True},
     "causal as it is anyway": {"is_causal": False},
     "CUDA graph": {"use_cuda_graph": True},
 }
@@ -54,8 +56,6 @@ UNSERVED = {
     "ALiBi under a soft cap": ({"pos_encoding_mode": "ALIBI", "logits_soft_cap": 30.0}, "'ALIBI' with logits_soft_cap"),
     "another backend": ({"backend": "fa2"}, "backend='fa2'"),
     "custom variant": ({"custom_variant": True}, "jit_args"),
-    "fixed split": ({"fixed_split_size": 4}, "fixed_split_size=4"),
-    "no split": ({"disable_split_kv": True}, "disable_split_kv"),
     "window to the right": ({"window_right": -1}, "window_right=-1"),
     "causal against its nature": ({"is_causal": True}, "is_causal=True"),
     "not causal": ({"is_causal": False, "q_len_per_req": 2}, "is_causal=False"),
@@ -68,7 +68,7 @@ def test_served(changes):
     choice = dispatch.choose(spec, H100)
     assert choice.kernel == "fi_prefetch"
     assert spec.variant().name in choice.reason
-    assert spec.variant() in jit.all_variants()
+    assert spec.variant() in jit.all_variants(fixed_split=spec.split_tokens is not None)
 
 
 @pytest.mark.parametrize(("changes", "reason"), UNSERVED.values(), ids=UNSERVED)
@@ -228,3 +228,21 @@ def test_gpu_names(name, key, ceiling, nominal):
 
 def test_facts_of_the_cpu():
     assert device.facts(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, None),
+        ({"fixed_split_size": -1}, None),
+        ({"fixed_split_size": 0}, None),
+        ({"fixed_split_size": 4}, 64),
+        ({"fixed_split_size": 4, "page_size": 1}, 4),
+        ({"disable_split_kv": True}, dispatch.WHOLE_REQUEST),
+        ({"fixed_split_size": 4, "disable_split_kv": True}, dispatch.WHOLE_REQUEST),
+    ],
+)
+def test_split_tokens(changes, tokens):
+    spec = LLAMA._replace(page_size=16)._replace(**changes)
+    assert spec.split_tokens == tokens
+    assert spec.variant().fixed_split == (tokens is not None)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fi_prefetch.prefetch import (
+    EARLY_LOAD_KV_BYTES,
     MIB,
     NAMED_POLICIES,
     PROLOGUE_KV_BYTES,
@@ -25,7 +26,7 @@ policies = st.builds(
     PrefetchPolicy,
     run_ahead=tiles,
     prologue=tiles,
-    early_load=st.booleans(),
+    early_load=st.sampled_from((True, False, "auto")),
     streaming_hint=st.booleans(),
     l2_budget=budgets,
 )
@@ -86,9 +87,11 @@ def test_nothing_before_a_wait_that_is_not_there(policy, launch):
 
 @given(policies, launches, st.booleans())
 def test_early_load_only_on_a_promise(policy, launch, pdl):
-    assert resolve(policy, launch, pdl).early_load == (
-        pdl and policy.early_load and launch.ready == "all_but_last_token"
-    )
+    early_load = resolve(policy, launch, pdl).early_load
+    allowed = pdl and launch.ready == "all_but_last_token" and not launch.fixed_split
+    assert early_load <= (allowed and policy.early_load is not False)
+    if allowed and policy.early_load != "auto":
+        assert early_load == policy.early_load
 
 
 @given(launches, st.booleans())
@@ -134,11 +137,16 @@ def test_auto_follows_the_measurements():
     ):
         plan = resolve(auto, H100._replace(kv_bytes=kv_bytes), pdl=True)
         assert (plan.prologue, plan.streaming_hint) == (prologue, False), kv_bytes
-    # Early load does what the prologue would, and more; a prologue that the policy names stays.
-    promise = H100._replace(ready="all_but_last_token")
+    # On little KV early load does what the prologue would, and more; a prologue that the policy names stays.
+    promise = H100._replace(ready="all_but_last_token", kv_bytes=EARLY_LOAD_KV_BYTES)
     promised = resolve(auto, promise, pdl=True)
     assert promised.early_load and promised.prologue == 0
-    named = resolve(PrefetchPolicy(prologue=2), promise, pdl=True)
+    for kv_bytes in (EARLY_LOAD_KV_BYTES + 1, None):
+        more = resolve(auto, promise._replace(kv_bytes=kv_bytes), pdl=True)
+        assert not more.early_load and more.prologue == PROLOGUE_TILES, kv_bytes
+        asked = resolve(PrefetchPolicy(early_load=True), promise._replace(kv_bytes=kv_bytes), pdl=True)
+        assert asked.early_load and asked.prologue == 0, kv_bytes
+    named = resolve(PrefetchPolicy(prologue=2, early_load=True), promise._replace(kv_bytes=None), pdl=True)
     assert named.early_load and named.prologue == 2
     kept_back = resolve(PrefetchPolicy(early_load=False), promise, pdl=True)
     assert not kept_back.early_load and kept_back.prologue == PROLOGUE_TILES
@@ -158,9 +166,11 @@ def test_reasons_have_numbers():
     plan = resolve(PrefetchPolicy.named("auto"), H100, pdl=True)
     for part in ("prologue 1", "run-ahead 0", "early load off", "streaming hint off", "32.0 MiB", "192 KiB"):
         assert part in plan.reason
-    promised = resolve(PrefetchPolicy(streaming_hint=True), H100._replace(ready="all_but_last_token"), pdl=True)
+    promise = H100._replace(ready="all_but_last_token")
+    promised = resolve(PrefetchPolicy(early_load=True, streaming_hint=True), promise, pdl=True)
     for part in ("prologue 0: early load brings", "early load on", "streaming hint on: the policy says so"):
         assert part in promised.reason
+    assert "early load off: 32.0 MiB of KV is over 4 MiB" in resolve(PrefetchPolicy(), promise, pdl=True).reason
     cut = resolve(PrefetchPolicy(prologue=9), H100, pdl=True)
     assert cut.prologue == 3 and "prologue 3: the policy says so, budget 25.00 MiB is 3 tiles a warp" in cut.reason
 
@@ -192,7 +202,7 @@ def test_texts(text, policy, monkeypatch):
 @pytest.mark.parametrize(
     "text",
     ["fast", "run_ahead", "run_ahead=", "run_ahead=-1", "run_ahead=two", "depth=2", "early_load=2", "l2_budget=1.5",
-     "early_load=auto", "streaming_hint=auto", "streaming_hint=2",
+     "early_load=often", "streaming_hint=auto", "streaming_hint=2",
      "l2_budget=-1", "run_ahead=2 prologue=4", "auto,run_ahead=2"],
 )  # fmt: skip
 def test_bad_texts(text, monkeypatch):
@@ -210,7 +220,7 @@ def test_environment_left_out(monkeypatch):
 
 @pytest.mark.parametrize(
     "fields", [{"run_ahead": -1}, {"prologue": 1.5}, {"run_ahead": True}, {"early_load": 1}, {"streaming_hint": 1},
-               {"early_load": "auto"}, {"streaming_hint": "auto"},
+               {"early_load": "often"}, {"streaming_hint": "auto"},
                {"l2_budget": -1}, {"l2_budget": 1.01}, {"l2_budget": "half"}, {"l2_budget": True}]
 )  # fmt: skip
 def test_bad_fields(fields):

@@ -498,6 +498,13 @@ class FakeModule:
         assert warps <= info[1]
         return [blocks, warps, *info[2:6], min_tiles, info[7]]
 
+    def fix_splits(
+        self, info: list[int], split_tokens: int, pages: int, page_size: int, batch_size: int, heads: int
+    ) -> list[int]:
+        assert self.variant.fixed_split
+        splits = (pages * page_size // split_tokens + batch_size) * heads
+        return [*info[:3], splits * 1024, splits * 4, info[5], -(-split_tokens // 16), info[7]]
+
     def workspace_size(self, *args: Any) -> list[int]:
         self.calls.append(("workspace_size", args))
         assert len(args) == 13
@@ -505,13 +512,14 @@ class FakeModule:
 
     def run(
         self, float_workspace, counters, plan_info, q, k, v, indptr, indices, last_page_len, o, lse, layout,
-        window_left, enable_pdl, sinks, soft_cap, sm_scale, v_scale, rope_scale, rope_theta, q_len, prefetch,
+        window_left, enable_pdl, sinks, soft_cap, sm_scale, v_scale, rope_scale, rope_theta, q_len, prefetch, running,
     ) -> None:  # fmt: skip
         self.calls.append(("run", (enable_pdl, prefetch, counters, plan_info)))
         assert isinstance(enable_pdl, bool) and len(prefetch) == 5 and len(plan_info) == 8
         assert (window_left >= 0, soft_cap > 0) == (self.variant.sliding_window, self.variant.soft_cap)
         assert (q.dtype, k.dtype, o.dtype) == (self.variant.dtype_q, self.variant.dtype_kv, self.variant.dtype_o)
-        assert counters.dtype == torch.int32 and counters.numel() >= 3 * 132 and not counters.any()
+        assert counters.dtype == torch.int32 and 4 * counters.numel() >= plan_info[4] and not counters.any()
+        assert running is None or (running.dtype == torch.int32 and not running.any())
         assert sinks is None or (sinks.dtype == torch.float32 and sinks.is_contiguous())
         result, result_lse = reference.batch_decode(
             q, k, v, indptr, indices, last_page_len, kv_layout=["NHD", "HND"][layout], sm_scale=sm_scale,
@@ -712,9 +720,9 @@ def test_gpu_graph_plan_only_copies_into_the_buffers(gpu, half_batch):
 
 UNSERVED_PLANS = {
     "ALiBi under a soft cap": {"pos_encoding_mode": "ALIBI", "logits_soft_cap": 30.0, "rope_scale": 2.0},
-    "fixed split": {"fixed_split_size": 4},
-    "no split": {"disable_split_kv": True},
     "too many rows": {"q_len_per_req": 9},
+    "too many rows in fixed splits": {"q_len_per_req": 9, "fixed_split_size": 4},
+    "too many rows in one split": {"q_len_per_req": 9, "disable_split_kv": True},
     "float32": {"q_data_type": torch.float32, "kv_data_type": torch.float32},
 }
 
@@ -732,6 +740,41 @@ def test_gpu_unserved_plan_is_flashinfers(gpu, half_batch, changes):
     assert wrapper.run(half_batch.q, half_batch.cache, v_scale=2.0) == "their result"
     assert gpu.flashinfers[-1][1]["v_scale"] == 2.0
     assert wrapper.resolved_backend == "fa2" and wrapper.prefetch_plan is None
+
+
+@pytest.mark.parametrize(
+    "changes, tiles",
+    [
+        ({"fixed_split_size": 4}, 4 * 16 // 16),
+        ({"disable_split_kv": True}, dispatch.WHOLE_REQUEST // 16),
+        ({"disable_split_kv": True, "fixed_split_size": 4}, dispatch.WHOLE_REQUEST // 16),
+    ],
+)
+def test_gpu_fixed_splits(gpu, half_batch, dense_decode, changes, tiles):
+    wrapper = planned(half_batch, **changes)
+    assert_decodes(wrapper.run(half_batch.q, half_batch.cache, return_lse=True), dense_decode(half_batch), rtol=1e-2)
+    assert wrapper.kernel_choice.kernel == "fi_prefetch" and not gpu.flashinfers
+    module = only(gpu.modules)
+    assert module.variant.fixed_split
+    assert module.calls[-1][1][3][6] == tiles
+    assert wrapper.prefetch_plan.prologue == 0 and not wrapper.prefetch_plan.early_load
+    assert fi_prefetch.prefetch_kv(wrapper, half_batch.cache) is False
+    # And back: another module, another plan.
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    assert not wrapper._decision.spec.variant().fixed_split
+    # FlashInfer's words for no fixed size.
+    for nothing in (-1, 0, None):
+        wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes, fixed_split_size=nothing)
+        assert not wrapper._decision.spec.variant().fixed_split
+
+
+def test_gpu_fixed_splits_need_room(gpu, half_batch):
+    wrapper = planned(half_batch, workspace_bytes=4096, fixed_split_size=1)
+    assert wrapper.kernel_choice.kernel == "flashinfer" and "4096 bytes" in wrapper.kernel_choice.reason
+    table = (*half_batch.table, *half_batch.shape)
+    needed, _ = wrapper.workspace_size(*table, **half_batch.dtypes, fixed_split_size=1)
+    pages, requests, heads = half_batch.indices.numel(), half_batch.last_page_len.numel(), half_batch.shape[1]
+    assert needed == (pages + requests) * heads * 1024
 
 
 def test_gpu_small_workspace(gpu, half_batch):
@@ -925,10 +968,14 @@ def test_gpu_fast_plan_that_ours_cannot_serve(gpu, half_batch, make_batch):
     later = make_batch([40, 1, 17], seed=1, dtype=torch.bfloat16)
     wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf, wrapper._paged_kv_last_page_len_buf = later.table
     args = list(fast_plan_arguments(wrapper, later, 20))
-    args[16] = 8
+    args[16] = 1 << 20
+    wrapper._plan_info = wrapper._cached_module.plan(*args)
+    assert wrapper._decision.spec.fixed_split_size == 1 << 20 and wrapper.kernel_choice.kernel == "fi_prefetch"
+    wrapper._float_workspace_buffer = workspace(16)
+    wrapper._decisions.clear()
     wrapper._plan_info = wrapper._cached_module.plan(*args)
     assert wrapper._plan_info == ["their plan"] and wrapper._cached_module is gpu.their_module
-    assert gpu.flashinfers[0][1]["fixed_split_size"] == 8
+    assert gpu.flashinfers[0][1]["fixed_split_size"] == 1 << 20
     assert wrapper.run(later.q, later.cache) == "their result"
     with pytest.raises(TypeError, match="got 3"):
         wrapper._module.plan(1, 2, 3)
@@ -952,9 +999,11 @@ def test_gpu_prefetch_kv(gpu, half_batch, far):
     assert fi_prefetch.prefetch_kv(wrapper, half_batch.cache) is True
     module = only(gpu.modules)
     name, args = module.calls[-1]
-    assert name == "prefetch_kv" and len(args) == 12
+    assert name == "prefetch_kv" and len(args) == 13
     assert args[0] is wrapper._decision.plan_info and torch.equal(args[3], half_batch.indptr)
-    assert args[6:] == (0, 9, 1, 25 << 20, 32, True)
+    assert args[6:12] == (0, 9, 1, 25 << 20, wrapper._decision.blocks, True)
+    # The run that it is for says when it has begun.
+    assert args[12] is wrapper._running and args[12].tolist() == [0]
     fi_prefetch.prefetch_kv(wrapper, half_batch.cache, budget=0.25)
     assert module.calls[-1][1][9] == (50 << 20) // 4
     count = len(module.calls)

@@ -63,6 +63,8 @@ FI_PREFETCH_DEVICE void prefetch_l2_evict_last(const void* address, Site site = 
   emulator::record_prefetch(address, 128, true);
 }
 
+FI_PREFETCH_DEVICE int32_t load_and_keep(const int32_t* source) { return __ldcg(source); }
+
 FI_PREFETCH_DEVICE void bulk_prefetch_l2(const void* address, uint32_t bytes, Site site = Site::current()) {
   if (bytes % 16) emulator::fail(site, "bulk_prefetch_l2: %u bytes are not a multiple of 16", bytes);
   emulator::check_global("bulk_prefetch_l2", address, bytes, 16, site);
@@ -236,6 +238,11 @@ FI_PREFETCH_DEVICE int32_t add_acquire_release(int32_t* counter, int32_t value, 
   machine.statistics.fences += 1;
   return emulator::atomic("add_acquire_release", counter, site, [=](int32_t old) { return old + value; });
 }
+
+FI_PREFETCH_DEVICE void add_relaxed(int32_t* counter, int32_t value, Site site = Site::current()) {
+  emulator::atomic("add_relaxed", counter, site, [=](int32_t old) { return old + value; });
+}
+FI_PREFETCH_DEVICE int32_t load_relaxed(const int32_t* counter) { return __ldcg(counter); }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,8 @@ LSE_FLOOR = 2e-4
 
 @dataclass(frozen=True)
 class Case:
-    """What to decode. `storage`: how K and V lie in memory; `order`: which pages the requests hold."""
+    """What to decode. `storage`: how K and V lie in memory; `order`: which pages the requests hold; `split`: by the
+    batch-invariant kernel, cut after so many pages, or not at all (WHOLE); 0: by the decode kernel."""
 
     lens: tuple[int, ...] = (100, 37, 64)
     heads: tuple[int, int] = (8, 2)
@@ -62,6 +63,7 @@ class Case:
     q_len: int = 1
     scales: tuple[float | None, float | None, float | None] = (None, None, None)
     sm_scale: float | None = None
+    split: int = 0
     seed: int = 0
 
     def __str__(self) -> str:
@@ -85,8 +87,10 @@ _OPTIONAL = (
     ("q_len", 1),
     ("scales", (None, None, None)),
     ("sm_scale", None),
+    ("split", 0),
     ("seed", 0),
 )
+WHOLE = -1
 
 
 @dataclass
@@ -356,6 +360,7 @@ def new_wrapper(case: Case, **options: Any) -> fi_prefetch.BatchDecodeWithPagedK
 
 def plan(wrapper: Any, inputs: Inputs) -> None:
     case = inputs.case
+    splits = {"fixed_split_size": case.split if case.split > 0 else None, "disable_split_kv": case.split == WHOLE}
     wrapper.plan(
         inputs.indptr,
         inputs.indices,
@@ -364,6 +369,7 @@ def plan(wrapper: Any, inputs: Inputs) -> None:
         case.dim,
         case.page,
         **plan_options(case, DTYPES[case.kv]),
+        **splits,
     )
 
 

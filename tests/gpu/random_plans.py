@@ -121,7 +121,7 @@ class Session:
 KINDS = ("any", "equal", "one long", "geometric", "many empty", "tiles", "pages", "all empty")
 ORDERS = ("sequential", "shuffled", "spread", "shared", "repeated")
 STORAGES = ("one", "two", "strided", "swapped", "different_strides")
-POLICIES = ("auto", "off", "paper", "run_ahead=4,prologue=4", "run_ahead=64,prologue=64,streaming_hint=1")
+POLICIES = ("auto", "off", "paper", "run_ahead=4,prologue=4,early_load=1", "run_ahead=64,prologue=64,streaming_hint=1")
 
 
 def lengths(step: Step, shape: Shape, budget: int) -> list[int]:

@@ -29,10 +29,10 @@ POLICIES = (
     "auto",
     "paper",
     "run_ahead=2,prologue=0",
-    "run_ahead=8,prologue=0",
-    "run_ahead=0,prologue=1",
+    "run_ahead=8,prologue=0,early_load=1",
+    "run_ahead=0,prologue=1,early_load=1",
     "run_ahead=0,prologue=8",
-    "run_ahead=3,prologue=3,streaming_hint=1",
+    "run_ahead=3,prologue=3,streaming_hint=1,early_load=1",
     "run_ahead=0,prologue=0,streaming_hint=1",
     "run_ahead=64,prologue=64,l2_budget=1.0",
 )
