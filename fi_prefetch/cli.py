@@ -150,22 +150,29 @@ def check_architectures(_: click.Context, __: click.Parameter, values: tuple[str
     help='Compile for this architecture ("9.0a") instead of the GPUs here; repeatable.',
 )
 @click.option("--only", default="", help="Compile the variant of this name, or those with this text in theirs.")
+@click.option(
+    "--fixed-split",
+    is_flag=True,
+    help="Compile the batch-invariant kernels (fixed_split_size, disable_split_kv) as well.",
+)
 @click.option("--jobs", "-j", type=click.IntRange(1), default=4, show_default=True, help="Compilations at a time.")
 @click.option(
     "--aot",
     type=click.Path(file_okay=False, path_type=Path),
     help="Copy the libraries into this folder too; with FI_PREFETCH_AOT_DIR they serve where there is no nvcc.",
 )
-def build(arch: list[str], only: str, jobs: int, aot: Path | None) -> None:
+def build(arch: list[str], only: str, fixed_split: bool, jobs: int, aot: Path | None) -> None:
     """Compile the kernel variants now rather than at first use."""
     from rich.progress import track
 
     from . import jit
 
-    named = [variant for variant in jit.all_variants() if variant.name == only]
-    variants = named or [variant for variant in jit.all_variants() if only in variant.name]
+    usual, invariant = jit.all_variants(), jit.all_variants(fixed_split=True)
+    named = [variant for variant in usual + invariant if variant.name == only]
+    variants = named or [variant for variant in usual + invariant * fixed_split if only in variant.name]
     if not variants:
-        raise click.ClickException(f"no variant has {only!r} in its name")
+        hint = "; with --fixed-split some have" if any(only in variant.name for variant in invariant) else ""
+        raise click.ClickException(f"no variant has {only!r} in its name{hint}")
     failed: list[str] = []
     start = time.monotonic()
     try:

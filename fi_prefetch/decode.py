@@ -197,6 +197,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             ready=self._ready,
             batch_size=decision.spec.batch_size,
             fixed_split=decision.spec.split_tokens is not None,
+            streams_faster=facts.streams_faster,
         )
         return resolve(self._policy, launch, pdl)
 
@@ -816,7 +817,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         if choice.kernel == "reference":
             return 0, 0
         if module is not None:
-            most_pages = self._paged_kv_indices_buf.shape[0] if self._use_cuda_graph else indices.shape[0]
+            most_pages = self._most_pages(spec, self._kv_bytes(spec, indices.shape[0]))
             return workspace_size(spec, most_pages, module, self._float_workspace_buffer)
         if choice.kernel == "none" or not hasattr(_FlashInferWrapper, "workspace_size"):
             raise NotImplementedError(f"workspace_size: not available, {choice.reason}")

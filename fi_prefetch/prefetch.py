@@ -27,6 +27,9 @@ PROLOGUE_TILES = 1
 # kernel before has just written, and it loses up to 1.2 us to the prologue (H100, layers of a Llama-8B and of a 70B's
 # rank: it wins 0.1 to 0.3 us up to 4 MB, and nothing it could rely on above).
 EARLY_LOAD_KV_BYTES = 4 * MIB
+# On GPUs that read streaming lines faster they pay above this; up to it a benchmark that rotates over caches could not
+# tell a gain from lines that the call before left in L2.
+STREAMING_KV_BYTES = 64 * MIB
 DEFAULT_L2_FRACTION = 0.5
 
 
@@ -39,14 +42,14 @@ class PrefetchPolicy:
         prologue: tiles a warp prefetches into L2 before it waits for the kernel before it; "auto" chooses.
         early_load: start real loads before that wait, where the wrapper's `ready` promises that this is safe; "auto"
             does so where it pays.
-        streaming_hint: load KV so that it leaves L2 first.
+        streaming_hint: load KV so that it leaves L2 first; "auto" does so where it pays.
         l2_budget: what prefetches may hold of L2, as bytes (int) or as a fraction of L2 in [0, 1] (float).
     """
 
     run_ahead: int | Literal["auto"] = "auto"
     prologue: int | Literal["auto"] = "auto"
     early_load: bool | Literal["auto"] = "auto"
-    streaming_hint: bool = False
+    streaming_hint: bool | Literal["auto"] = "auto"
     l2_budget: int | float = DEFAULT_L2_FRACTION
 
     def __post_init__(self) -> None:
@@ -54,10 +57,10 @@ class PrefetchPolicy:
             value = getattr(self, name)
             if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f'{name}: expected "auto" or a number of tiles >= 0, got {value!r}')
-        if self.early_load != "auto" and not isinstance(self.early_load, bool):
-            raise ValueError(f'early_load: expected "auto", True or False, got {self.early_load!r}')
-        if not isinstance(self.streaming_hint, bool):
-            raise ValueError(f"streaming_hint: expected True or False, got {self.streaming_hint!r}")
+        for name in ("early_load", "streaming_hint"):
+            value = getattr(self, name)
+            if value != "auto" and not isinstance(value, bool):
+                raise ValueError(f'{name}: expected "auto", True or False, got {value!r}')
         budget_bytes(self.l2_budget, 0)
 
     @classmethod
@@ -117,9 +120,9 @@ def budget_bytes(budget: int | float, l2_bytes: int) -> int:
 
 NAMED_POLICIES = {
     "auto": PrefetchPolicy(),
-    "off": PrefetchPolicy(run_ahead=0, prologue=0, early_load=False),
+    "off": PrefetchPolicy(run_ahead=0, prologue=0, early_load=False, streaming_hint=False),
     # The paper's lever alone: the next tile into L2 while this one is computed on.
-    "paper": PrefetchPolicy(run_ahead=1, prologue=0, early_load=False),
+    "paper": PrefetchPolicy(run_ahead=1, prologue=0, early_load=False, streaming_hint=False),
 }
 
 _SWITCH = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
@@ -127,12 +130,12 @@ _READERS = {
     "run_ahead": lambda text: text if text == "auto" else int(text),
     "prologue": lambda text: text if text == "auto" else int(text),
     "early_load": lambda text: text if text == "auto" else _SWITCH[text],
-    "streaming_hint": lambda text: _SWITCH[text],
+    "streaming_hint": lambda text: text if text == "auto" else _SWITCH[text],
     "l2_budget": lambda text: float(text) if "." in text else int(text),
 }
 _FORMAT = (
-    'one of auto, off, paper, or "key=value,..." with run_ahead and prologue (tiles or auto), early_load (0, 1 or '
-    "auto), streaming_hint (0 or 1), l2_budget (bytes, or a fraction of L2 such as 0.5)"
+    'one of auto, off, paper, or "key=value,..." with run_ahead and prologue (tiles or auto), early_load and '
+    "streaming_hint (0, 1 or auto), l2_budget (bytes, or a fraction of L2 such as 0.5)"
 )
 
 
@@ -148,6 +151,7 @@ class LaunchFacts(NamedTuple):
         ready: what the wrapper's user promises is final when the kernel starts.
         batch_size: requests.
         fixed_split: whether it is the batch-invariant kernel, which starts with the dependency wait.
+        streams_faster: whether this GPU reads lines faster that leave L2 first.
     """
 
     blocks: int
@@ -160,6 +164,7 @@ class LaunchFacts(NamedTuple):
     ready: str = "nothing"
     batch_size: int = 1
     fixed_split: bool = False
+    streams_faster: bool = False
 
     @property
     def guesses(self) -> bool:
@@ -233,13 +238,14 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
 
     reasons.append(f"early load {'on' if early_load else 'off'}: {why_early_load}")
 
-    reasons.append(f"streaming hint {'on' if policy.streaming_hint else 'off'}: the policy says so")
+    streaming, why = _resolve_streaming(policy, facts)
+    reasons.append(f"streaming hint {'on' if streaming else 'off'}: {why}")
 
     return PrefetchPlan(
         run_ahead=run_ahead,
         prologue=prologue,
         early_load=early_load,
-        streaming_hint=policy.streaming_hint,
+        streaming_hint=streaming,
         ready=facts.ready,
         pdl=pdl,
         facts=facts,
@@ -284,6 +290,18 @@ def _asked_run_ahead(policy: PrefetchPolicy, facts: LaunchFacts, warps_per_sm: i
         return 0, f"{fed}, {WELL_FED_BYTES_PER_SM >> 10} KiB keep HBM busy"
     missing = -(-(WELL_FED_BYTES_PER_SM - in_flight) // (warps_per_sm * facts.tile_bytes))
     return missing, f"{fed}, {missing} more tiles a warp reach {WELL_FED_BYTES_PER_SM >> 10} KiB"
+
+
+def _resolve_streaming(policy: PrefetchPolicy, facts: LaunchFacts) -> tuple[bool, str]:
+    if policy.streaming_hint != "auto":
+        return policy.streaming_hint, "the policy says so"
+    if not facts.streams_faster:
+        return False, "this GPU reads no faster with it"
+    if facts.kv_bytes is None:
+        return True, "this GPU reads much KV faster with it, and a CUDA graph may be replayed on much"
+    pays = facts.kv_bytes > STREAMING_KV_BYTES
+    limit = f"{STREAMING_KV_BYTES // MIB} MiB, above which this GPU reads faster with it"
+    return pays, f"{_kv_text(facts)} is {'over' if pays else 'at most'} {limit}"
 
 
 def _resolve_early_load(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> tuple[bool, str]:

@@ -98,6 +98,7 @@ def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -
         sm_count=facts.sm_count,
         ready=ready,
         batch_size=len(shape.lengths),
+        streams_faster=facts.streams_faster,
     )
     return Explanation(choice, schedule, resolve(policy, launch, pdl=True), assumed=True)
 

@@ -85,9 +85,37 @@ def test_build_wants_architectures_as_the_compiler_does(architecture: str) -> No
 
 
 def test_build_needs_something_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no variant has" in fail("build", "--only", "hd96")
+    assert "no variant has 'hd96' in its name\n" in fail("build", "--only", "hd96", "--fixed-split")
     with jit.target_architectures([]):
         assert "--arch" in fail("build", "--aot", "kernels")
+
+
+def test_build_compiles_the_batch_invariant_kernels_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    class Spec:
+        def __init__(self, variant: jit.Variant, _: object) -> None:
+            self.name = variant.name
+
+        def build(self, **_: bool) -> None:
+            built.append(self.name)
+
+    monkeypatch.setattr(jit, "jit_spec", Spec)
+
+    def names(*arguments: str) -> list[str]:
+        built.clear()
+        succeed("build", "--arch", "9.0a", *arguments)
+        return sorted(built)
+
+    usual, invariant = (sorted(v.name for v in jit.all_variants(fixed_split=fixed)) for fixed in (False, True))
+    assert names() == usual
+    assert names("--fixed-split") == sorted(usual + invariant)
+    assert names("--fixed-split", "--only", "fixed_split") == invariant
+    one = "fi_prefetch_batch_decode_q_bf16_kv_bf16_o_bf16_hd128_swa0_cap0"
+    for flag in ((), ("--fixed-split",)):
+        assert names("--only", one, *flag) == [one], "a whole name is that variant's"
+        assert names("--only", f"{one}_fixed_split", *flag) == [f"{one}_fixed_split"]
+    assert "with --fixed-split some have" in fail("build", "--only", "cap0_fixed_split")
 
 
 def test_build_leaves_out_what_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ class Case(NamedTuple):
 
 def case(architecture: str, q: torch.dtype, kv: torch.dtype, o: torch.dtype, head_dim: int, *features: str) -> Any:
     position = next((mode for mode in ("ROPE_LLAMA", "ALIBI") if mode in features), "NONE")
-    found = Case(architecture, jit.Variant(q, kv, o, head_dim, "window" in features, "cap" in features, position))
+    chosen = ("window" in features, "cap" in features, position, "fixed split" in features)
+    found = Case(architecture, jit.Variant(q, kv, o, head_dim, *chosen))
     # Under xdist the tests of one library stay together, so that one process compiles it.
     return pytest.param(found, id=found.id, marks=pytest.mark.xdist_group(found.id))
 
@@ -83,12 +84,18 @@ CASES = [
     case("9.0a", F16, E4M3, F16, 256, "ALIBI"),
     case("10.0a", F16, F16, F16, 128, "ALIBI"),
     case("12.0a", BF16, BF16, BF16, 64, "ALIBI"),
+    # The batch-invariant kernel with every head_dim, and on every architecture.
+    case("8.0", BF16, BF16, BF16, 256, "fixed split", "window"),
+    case("8.9", BF16, E4M3, BF16, 128, "fixed split"),
+    case("9.0a", BF16, BF16, BF16, 128, "fixed split"),
+    case("10.0a", BF16, BF16, BF16, 128, "fixed split", "ROPE_LLAMA"),
+    case("12.0a", F16, F16, F16, 64, "fixed split", "window"),
 ]
 every_case = pytest.mark.parametrize("case", CASES)
 
 # The traits in a mangled name: head_dim, row tiles (of 8 query rows), stages, window, soft cap, position.
 _TRAITS = re.compile(
-    r"(decode|prefetch_kv)_kernelINS_12DecodeTraitsI.+?Li(\d+)ELi(\d+)ELi(\d+)ELb([01])ELb([01])ELNS_8PositionE(\d)E"
+    r"(decode|fixed_split|prefetch_kv)_kernelINS_12DecodeTraitsI.+?Li(\d+)ELi(\d+)ELi(\d+)ELb([01])ELb([01])ELNS_8PositionE(\d)E"
 )
 ROW_TILES = (1, 2)
 # Bytes that a decode kernel may spill, by head_dim and row tiles. 256 dimensions of 16 rows are 128 registers of sums a
@@ -98,13 +105,15 @@ MAX_SPILLED_BYTES = {
     "ALIBI": {(256, 2): 480},
     "ROPE_LLAMA": {(128, 2): 24, (256, 1): 24, (256, 2): 600},
 }
+# The same of the batch-invariant kernel, which has a second level of its merge beside the first.
+MAX_SPILLED_BYTES_OF_FIXED_SPLITS = {"NONE": {(256, 2): 384}, "ROPE_LLAMA": {(128, 2): 88}}
 # The window kernel keeps two registers in memory on one architecture.
 MAX_SPILLED_BYTES_OF_WINDOW = {"10.0a": 8}
 
 
 @dataclass
 class Compiled:
-    """A loaded module; its decode kernels by row tiles; its window kernel."""
+    """A loaded module; its decode kernels (or batch-invariant ones) by row tiles; its window kernel."""
 
     module: Any
     decode: dict[int, Kernel]
@@ -126,10 +135,11 @@ def compiled(case: Case) -> Compiled:
         assert architecture == f"sm_{case.architecture.replace('.', '')}"
         assert (head_dim, sliding_window, soft_cap) == case.variant[3:6], name
         assert position == jit.POSITIONS[case.variant.position], name
-        if traits[1] == "decode":
-            decode[row_tiles] = kernel
-        else:
+        if traits[1] == "prefetch_kv":
             window.append(kernel)
+        else:
+            assert traits[1] == ("fixed_split" if case.variant.fixed_split else "decode")
+            decode[row_tiles] = kernel
     assert len(window) == 1
     return Compiled(module, decode, window[0])
 
@@ -160,12 +170,15 @@ def test_the_cases_are_representative():
         of_mode = [c for c in cases if c.variant.position == mode]
         assert {c.architecture for c in of_mode} == architectures
         assert {c.variant.head_dim for c in of_mode} == head_dims
+    fixed = [c for c in cases if c.variant.fixed_split]
+    assert {c.architecture for c in fixed} == architectures
+    assert {c.variant.head_dim for c in fixed} == head_dims
 
 
 @every_case
 def test_the_library_loads_and_has_the_module_functions(case):
     module = compiled(case).module
-    for name in ("plan", "adjust_plan", "workspace_size", "run", "prefetch_kv"):
+    for name in ("plan", "adjust_plan", "fix_splits", "workspace_size", "run", "prefetch_kv"):
         assert module.get_function(name) is not None, name
     empty = torch.empty(0)
     # What FlashInfer's wrapper passes, but another head_dim: refused by the compiled code, before it asks a GPU.
@@ -184,7 +197,8 @@ def test_the_library_loads_and_has_the_module_functions(case):
 def test_registers_and_spills(case):
     found = compiled(case)
     assert set(found.decode) == set(ROW_TILES)
-    allowed = MAX_SPILLED_BYTES[case.variant.position]
+    by_position = MAX_SPILLED_BYTES_OF_FIXED_SPLITS if case.variant.fixed_split else MAX_SPILLED_BYTES
+    allowed = by_position[case.variant.position]
     limits = {row_tiles: allowed.get((case.variant.head_dim, row_tiles), 0) for row_tiles in ROW_TILES}
     limits[0] = MAX_SPILLED_BYTES_OF_WINDOW.get(case.architecture, 0)
     for row_tiles, kernel in [*found.decode.items(), (0, found.prefetch_kv)]:

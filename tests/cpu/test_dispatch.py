@@ -39,6 +39,12 @@ SERVED = {
     "FlashInfer's way to say no fixed split": {"fixed_split_size": -1},
     "fixed split": {"fixed_split_size": 4},
     "no split": {"disable_split_kv": True},
+    "fixed split in a CUDA graph, with rotary positions and a float8 cache": {
+        "fixed_split_size": 4,
+        "use_cuda_graph": True,
+        "pos_encoding_mode": "ROPE_LLAMA",
+        "dtype_kv": torch.float8_e4m3fn,
+    },
     "causal as it is anyway": {"is_causal": False},
     "CUDA graph": {"use_cuda_graph": True},
 }
@@ -52,6 +58,7 @@ UNSERVED = {
     "head_dim 512": ({"head_dim": 512}, "head_dim 512"),
     "head_dim 96": ({"head_dim": 96}, "head_dim 96"),
     "17 rows": ({"num_qo_heads": 17, "num_kv_heads": 1}, "17 rows"),
+    "17 rows in a fixed split": ({"num_qo_heads": 17, "num_kv_heads": 1, "fixed_split_size": 4}, "17 rows"),
     "20 rows": ({"q_len_per_req": 5}, "20 rows"),
     "ALiBi under a soft cap": ({"pos_encoding_mode": "ALIBI", "logits_soft_cap": 30.0}, "'ALIBI' with logits_soft_cap"),
     "another backend": ({"backend": "fa2"}, "backend='fa2'"),
@@ -111,15 +118,15 @@ def test_every_variant_is_reachable():
     reached = {
         LLAMA._replace(
             dtype_q=dtype, dtype_kv=kv or dtype, dtype_o=out, head_dim=head_dim, window_left=window,
-            logits_soft_cap=cap, pos_encoding_mode=mode,
+            logits_soft_cap=cap, pos_encoding_mode=mode, fixed_split_size=split,
         ).variant()
-        for dtype, kv, out, head_dim, window, cap, mode in itertools.product(
+        for dtype, kv, out, head_dim, window, cap, mode, split in itertools.product(
             floats, (None, torch.float8_e4m3fn, torch.float8_e5m2), floats, (64, 128, 256), (-1, 0), (0.0, 30.0),
-            ("NONE", "ROPE_LLAMA", "ALIBI"),
+            ("NONE", "ROPE_LLAMA", "ALIBI"), (None, 4),
         )
         if (mode, cap) != ("ALIBI", 30.0)
     }  # fmt: skip
-    assert reached == set(jit.all_variants())
+    assert reached == {*jit.all_variants(), *jit.all_variants(fixed_split=True)}
 
 
 @pytest.mark.parametrize(
@@ -243,6 +250,7 @@ def test_facts_of_the_cpu():
     ],
 )
 def test_split_tokens(changes, tokens):
+    """FlashInfer's planner, too, takes a size below 1 for none, and lets disable_split_kv win."""
     spec = LLAMA._replace(page_size=16)._replace(**changes)
     assert spec.split_tokens == tokens
     assert spec.variant().fixed_split == (tokens is not None)

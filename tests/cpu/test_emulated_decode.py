@@ -309,7 +309,9 @@ def test_plain_loads_and_stores_stay_inside_their_buffers():
     """Under AddressSanitizer and UndefinedBehaviorSanitizer, which need a process of their own."""
     program = """
 import emulated_decode as emulated
-for options in ({}, {"window_left": 20, "q_len": 2}, {"levers": (2, 2, 1, 2, 1), "page_size": 16, "hnd": True}):
+for options in (
+    {}, {"window_left": 20, "q_len": 2}, {"levers": (2, 2, 1, 2, 1), "page_size": 16, "hnd": True}, {"split_tiles": 2}
+):
     for lengths in ([0, 1, 33, 200], [700]):
         problem = emulated.make_problem(lengths, heads_q=6, heads_kv=2, blocks=20, warps=2, **options)
         o, _, _ = emulated.run(problem)

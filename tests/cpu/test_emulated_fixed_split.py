@@ -29,14 +29,11 @@ def test_page_sizes_and_layouts(page_size, hnd):
 
 
 @over_splits
-@pytest.mark.parametrize("warps", [1, 3, 8])
-@pytest.mark.parametrize("blocks", [1, 17])
-def test_every_cut_into_splits_and_warps(split_tiles, warps, blocks):
+@pytest.mark.parametrize("blocks, warps", [(1, 3), (5, 8), (17, 1)])
+def test_every_cut_into_splits_and_warps(split_tiles, blocks, warps):
     """Warps without a tile of a split, blocks without a split, a last split of one tile."""
     for lengths in ([2, 7, 31, 61, 127, 251, 509], [16] * 9, [1], [0, 0], [400, 3, 0, 90]):
-        assert_right(
-            make_problem(lengths, heads_q=4, heads_kv=2, split_tiles=split_tiles, warps=warps, blocks=blocks)
-        )
+        assert_right(make_problem(lengths, heads_q=4, heads_kv=2, split_tiles=split_tiles, warps=warps, blocks=blocks))
 
 
 @pytest.mark.parametrize("group", range(1, 17))
@@ -125,11 +122,11 @@ def batch_of(pool: Problem, requests, **changes) -> Problem:
 def elsewhere(problem: Problem, seed: int) -> Problem:
     """The same contents on other pages, and these in plain order in memory."""
     order = torch.randperm(problem.k.shape[0], generator=torch.Generator().manual_seed(seed))
-    k, v = (emulated_bytes(x)[order].view(x.dtype) for x in (problem.k, problem.v))
+    k, v = (bits_of(x)[order].view(x.dtype) for x in (problem.k, problem.v))
     return replace(problem, k=k, v=v, indices=torch.argsort(order).int()[problem.indices.long()])
 
 
-def emulated_bytes(x: torch.Tensor) -> torch.Tensor:
+def bits_of(x: torch.Tensor) -> torch.Tensor:
     """As integers: PyTorch does not index every type of float8."""
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
@@ -138,21 +135,21 @@ def answers(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The bits of the output and of the LSE, a request each."""
     o, lse, _ = emulated.run(problem)
     rows = [slice(r * problem.q_len, (r + 1) * problem.q_len) for r in range(len(problem.last_page_len))]
-    return [(emulated_bytes(o[own]), emulated_bytes(lse[own])) for own in rows]
+    return [(bits_of(o[own]), bits_of(lse[own])) for own in rows]
 
 
 def same(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> bool:
     return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
-def requests_that_differ(pool: Problem, batches: int = 5) -> int:
+def requests_that_differ(pool: Problem, batches: int = 4) -> int:
     """Over random batches of the pool's requests, on other grids and pages: how many are not what they are alone."""
     numbers = range(len(pool.last_page_len))
     alone = [answers(batch_of(pool, [r]))[0] for r in numbers]
     wrong = 0
     for seed in range(batches):
         rng = random.Random(seed)
-        chosen = rng.choices(numbers, k=(2, 5, 33, 1, 12)[seed % 5])
+        chosen = rng.choices(numbers, k=(2, 5, 33, 12)[seed])
         grid = {"blocks": rng.choice((1, 2, 5, 20)), "seed": rng.randrange(1000), "resident": rng.randint(1, 20)}
         found = answers(elsewhere(batch_of(pool, chosen, **grid), seed))
         wrong += sum(not same(answer, alone[r]) for r, answer in zip(chosen, found, strict=True))
@@ -167,7 +164,7 @@ INVARIANT = {
     "one warp": {"split_tiles": 3, "warps": 1},
     "eight warps": {"split_tiles": 7, "warps": 8},
     "HND": {"split_tiles": 3, "hnd": True},
-    "12 rows of 256": {"split_tiles": 2, "head_dim": 256, "heads_q": 24},
+    "12 rows of 256": {"split_tiles": 2, "head_dim": 256, "heads_q": 24, "warps": 3},
     "half, 64": {"split_tiles": 2, "dtype": F16, "head_dim": 64},
     "e4m3": {"split_tiles": 3, "kv_dtype": E4M3},
     "e5m2, whole requests": {"split_tiles": WHOLE_REQUEST, "dtype": F16, "kv_dtype": E5M2},
@@ -204,15 +201,15 @@ def test_neither_the_order_of_execution_nor_the_number_of_blocks_changes_a_bit()
         assert all(map(same, found, first))
 
 
-@pytest.mark.parametrize("levers", [(2, 0, 0, 0, 0), (64, 3, 1, 2, 1)], ids=["run-ahead", "all"])
+@pytest.mark.parametrize("levers", [(2, 0, 0, 0, 0), (2, 3, 1, 2, 1)], ids=["run-ahead", "all"])
 def test_no_lever_changes_a_bit(levers):
     """What would have to come before the wait has no effect; run-ahead and the hint have theirs."""
     options = dict(lengths=LENGTHS, heads_q=8, heads_kv=2, page_size=16, split_tiles=4, warps=1)
     off = answers(make_problem(**options))
     problem = make_problem(**options, levers=levers)
     assert all(map(same, answers(problem), off))
-    before = [asked["before_dependencies"] for asked in emulated.emulator.prefetches(emulated.library(problem))]
-    assert not any(before) and (bool(before) or levers[0] > 16)
+    asked = emulated.emulator.prefetches(emulated.library(problem))
+    assert len(asked) > 0 and not asked["before_dependencies"].any()
 
 
 @pytest.mark.parametrize("lengths", [[130, 5, 0, 77], [37, 0] * 20], ids=["registers", "shared"])
@@ -278,7 +275,7 @@ def test_no_content_of_the_page_table_reads_outside_the_cache():
     """Garbage in, garbage out; but every access stays inside (the emulator checks each), every counter is zero again,
     and the kernel ends."""
     generator = torch.Generator().manual_seed(0)
-    for seed in range(8):
+    for seed in range(6):
         options = dict(heads_q=8, heads_kv=2, page_size=4, seed=seed, split_tiles=1 + seed % 3)
         problem = make_problem([130, 5, 0, 77] * (1 + 9 * (seed % 2)), **options)
         for x in (problem.indptr, problem.indices, problem.last_page_len):
@@ -286,7 +283,7 @@ def test_no_content_of_the_page_table_reads_outside_the_cache():
         emulated.run(problem)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(0, 400), min_size=1, max_size=40),
     page_size=st.sampled_from([1, 3, 16]),

@@ -1,6 +1,7 @@
 """From the wrapper's Python down to the kernel, on the CPU: csrc/decode.cu with its checks, exported through tvm-ffi,
 launches into the emulator, under the wrapper as a GPU's user has it."""
 
+import dataclasses
 import functools
 import math
 
@@ -155,10 +156,11 @@ def test_window_op_launches_and_keeps_to_its_budget():
             assert 0 < asked <= budget
 
 
-def module_arguments(problem, position="NONE", **changes):
+def module_arguments(problem, position="NONE", fixed_split=False, **changes):
     """Arguments of the module's run for a Problem, some of them replaced."""
     rows = problem.rows
-    variant = jit.Variant(problem.q.dtype, problem.k.dtype, problem.q.dtype, problem.q.shape[2], False, False, position)
+    dtypes = (problem.q.dtype, problem.k.dtype, problem.q.dtype)
+    variant = jit.Variant(*dtypes, problem.q.shape[2], False, False, position, fixed_split)
     module, empty = load(variant), torch.empty(0)
     plan = module.plan(
         workspace(), empty, empty, empty, 1, problem.q.shape[1] * problem.q_len, problem.k.shape[2], 1, False, -1, 0.0,
@@ -170,7 +172,7 @@ def module_arguments(problem, position="NONE", **changes):
         "last_page_len": problem.last_page_len, "o": torch.empty_like(problem.q),
         "lse": torch.empty(problem.q.shape[:2]), "layout": 0, "window_left": -1, "pdl": True, "sinks": None,
         "soft_cap": 0.0, "sm_scale": 0.1, "v_scale": 1.0, "rope_scale": 1.0, "rope_theta": 1e4, "q_len": problem.q_len,
-        "prefetch": [0, 0, 0, 0, 0],
+        "prefetch": [0, 0, 0, 0, 0], "running": None,
     }  # fmt: skip
     assert rows <= 16 and not changes.keys() - arguments.keys()
     return module, list((arguments | changes).values())
@@ -243,6 +245,27 @@ BAD_INPUT = {
     "rope_scale": (bad(rope_scale=0.0, position="ROPE_LLAMA"), ValueError, "rope_scale, rope_theta: expected 0.001"),
     "rope_theta": (bad(rope_theta=math.nan, position="ROPE_LLAMA"), ValueError, "got 1 and nan"),
     "short sinks": (bad(sinks=torch.zeros(3)), ValueError, "sinks: expected at least 4"),
+    "running of another type": (bad(running=torch.zeros(1)), TypeError, "running: expected dtype int32"),
+    "a plan without splits": (
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3], fixed_split=True),
+        ValueError,
+        "plan_info: .* 0 tiles a split",
+    ),
+    "a split too long": (
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 1 << 29, 3], fixed_split=True),
+        ValueError,
+        "536870912 tiles a split",
+    ),
+    "a workspace that holds no split": (
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 1, 3], float_workspace=workspace(64), fixed_split=True),
+        ValueError,
+        "float_workspace_buffer: expected at least",
+    ),
+    "counters for no split": (
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 1, 3], counters=torch.zeros(3, dtype=torch.int32), fixed_split=True),
+        ValueError,
+        "counters: expected at least",
+    ),
 }
 
 
@@ -266,7 +289,7 @@ def test_levers_out_of_range_are_clamped():
     module, arguments = module_arguments(problem)
     module.run(*arguments)
     expected = arguments[9].clone()
-    arguments[-1] = [2**40, 2**40, 7, -3, 9]
+    arguments[-2] = [2**40, 2**40, 7, -3, 9]
     module.run(*arguments)
     assert torch.equal(arguments[9], expected)
 
@@ -284,7 +307,7 @@ def test_a_workspace_that_is_too_small_goes_to_flashinfer():
     spec = wrapper._spec(
         torch.int32, 1, *batch.shape, "NONE", -1, None, BF16, BF16, None, None, None, False, 1, 0, None
     )
-    choice = decision.decide(spec, 1 << 20, workspace(1024), torch.empty(0), torch.empty(0)).choice
+    choice = decision.decide(spec, 1 << 20, 16, workspace(1024), torch.empty(0), torch.empty(0)).choice
     assert choice.kernel == "flashinfer" and "float workspace holds 1024 bytes" in choice.reason
 
 
@@ -330,3 +353,206 @@ def test_the_grid_follows_the_size_of_the_call(monkeypatch):
     for lengths, grid in (([40], (5, 2)), ([40, 700, 300], (10, 3)), ([16], (5, 2))):  # blocks, warps
         assert_wrapper_is_right(make_batch(lengths, dtype=BF16), wrapper=wrapper)
         assert (wrapper.prefetch_plan.facts.blocks, wrapper.prefetch_plan.facts.warps) == grid
+
+
+# --- splits of a fixed size -----------------------------------------------------------------------------------------
+
+FIXED = {
+    "a page": {"fixed_split_size": 1},
+    "five pages": {"fixed_split_size": 5},
+    "whole requests": {"disable_split_kv": True},
+    "both": {"fixed_split_size": 5, "disable_split_kv": True},
+}
+over_fixed = pytest.mark.parametrize("plan", FIXED.values(), ids=FIXED)
+POOL = [700, 0, 1, 16, 257, 90, 33]
+
+
+def some_requests(pool, requests):
+    """A batch of the pool's requests of these numbers, each as often as it is named."""
+    pages = [pool.indices[pool.indptr[r] : pool.indptr[r + 1]] for r in requests]
+    return dataclasses.replace(
+        pool,
+        q=pool.q[requests],
+        indptr=torch.tensor([0, *map(len, pages)]).cumsum(0).int(),
+        indices=torch.cat(pages),
+        last_page_len=pool.last_page_len[requests],
+        keys=[pool.keys[r] for r in requests],
+        values=[pool.values[r] for r in requests],
+        lengths=[pool.lengths[r] for r in requests],
+    )
+
+
+def answers(batch, wrapper, **plan):
+    """(o, lse) of a new plan; it must be our kernel's."""
+    wrapper.plan(*batch.table, *batch.shape, **batch.dtypes, **plan)
+    answer = wrapper.run(batch.q, batch.cache, return_lse=True)
+    assert wrapper.kernel_choice.kernel == "fi_prefetch" and "_fixed_split serves" in wrapper.kernel_choice.reason
+    return answer
+
+
+def same(got, expected, rows):
+    return all(torch.equal(x, y[rows]) for x, y in zip(got, expected, strict=True))
+
+
+@over_fixed
+@pytest.mark.parametrize("kv_dtype", [BF16, E4M3], ids=["bf16", "e4m3"])
+def test_fixed_splits_are_served(plan, kv_dtype):
+    wrapper = assert_wrapper_is_right(make_batch(POOL, dtype=BF16, kv_dtype=kv_dtype), plan=plan)
+    assert wrapper.kernel_choice.reason.split()[0].endswith("_fixed_split")
+    assert not any(counters.any() for counters in wrapper._counters)
+    assert wrapper.prefetch_plan.prologue == 0 and not wrapper.prefetch_plan.early_load
+
+
+@over_fixed
+def test_fixed_splits_give_a_request_the_same_bits_in_every_batch(plan):
+    pool = make_batch(POOL, dtype=BF16)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    everyone = answers(pool, wrapper, **plan)
+    for requests in ([3], [0], [6, 5, 4], [4] * 7, [0, 1, 2] * 12, [2, 6, 2, 0]):
+        assert same(answers(some_requests(pool, requests), wrapper, **plan), everyone, requests)
+    assert not any(counters.any() for counters in wrapper._counters)
+
+
+def test_the_default_gives_a_request_other_bits_in_another_batch():
+    """So the comparison above means something."""
+    pool = make_batch(POOL, dtype=BF16)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    outs = []
+    for batch in (pool, some_requests(pool, [0])):
+        wrapper.plan(*batch.table, *batch.shape, **batch.dtypes)
+        outs.append(wrapper.run(batch.q, batch.cache, return_lse=True))
+    assert not same(outs[1], outs[0], [0])
+
+
+@over_fixed
+def test_fixed_splits_in_a_graphs_buffers_give_the_bits_of_a_batch_without_a_graph(plan):
+    pool = make_batch(POOL, dtype=BF16)
+    everyone = answers(pool, fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace()), **plan)
+    buffers = [torch.zeros(n, dtype=torch.int32) for n in (4, 150, 3)]
+    wrapper = fi_prefetch.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(workspace(), *buffers)
+    answers(some_requests(pool, [2, 1, 3]), wrapper, **plan)  # what is captured
+    for requests in ([0, 4, 5], [1, 1, 1], [6, 0, 0]):  # what is replayed, with no new plan
+        batch = some_requests(pool, requests)
+        for buffer, values in zip(buffers, batch.table, strict=True):
+            buffer[: len(values)] = values
+        assert same(wrapper.run(batch.q, batch.cache, return_lse=True), everyone, requests)
+    assert not any(counters.any() for counters in wrapper._counters)
+
+
+def test_one_wrapper_from_fixed_splits_to_none_and_back():
+    pool = make_batch(POOL, dtype=BF16)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    plans = [{}, {"fixed_split_size": 2}, {"disable_split_kv": True}, {"fixed_split_size": -1}, {"fixed_split_size": 2}]
+    for seed, plan in enumerate([*plans, *plans]):
+        batch = some_requests(pool, [(seed + i) % len(POOL) for i in range(1 + seed % 4)])
+        assert_wrapper_is_right(batch, wrapper=wrapper, plan=plan)
+        fixed = plan.get("fixed_split_size", -1) > 0 or "disable_split_kv" in plan
+        assert wrapper._decision.spec.variant().fixed_split == fixed
+        assert not any(counters.any() for counters in wrapper._counters)
+
+
+def fast_plan(wrapper, batch, fixed_split_size=-1, disable_split_kv=False):
+    """What FlashInfer's fast_decode_plan does with a tensor-core wrapper; it itself needs a CUDA device."""
+    wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf, wrapper._paged_kv_last_page_len_buf = batch.table
+    num_qo_heads, num_kv_heads, head_dim, page_size = batch.shape
+    size = len(batch.lengths)
+    buffers = (wrapper._float_workspace_buffer, wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer)
+    table = (torch.arange(size + 1), batch.indptr, torch.tensor(batch.lengths), size, size)
+    shape = (num_qo_heads, num_kv_heads, page_size, wrapper.is_cuda_graph_enabled, head_dim, head_dim, False, -1)
+    wrapper._plan_info = wrapper._cached_module.plan(*buffers, *table, *shape, fixed_split_size, disable_split_kv, 0, 0)
+
+
+def test_fast_planning_takes_fixed_splits_and_lets_them_go():
+    pool = make_batch(POOL, dtype=BF16)
+    expected = answers(pool, fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace()), fixed_split_size=2)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(), use_tensor_cores=True)
+    assert_wrapper_is_right(pool, wrapper=wrapper)
+    for requests in ([4, 0], [6, 5, 4, 3, 0]):
+        batch = some_requests(pool, requests)
+        fast_plan(wrapper, batch, fixed_split_size=2)
+        assert same(wrapper.run(batch.q, batch.cache, return_lse=True), expected, requests)
+        assert wrapper._decision.spec.split_tokens == 32
+        fast_plan(wrapper, batch)
+        assert wrapper._decision.spec.split_tokens is None
+        torch.testing.assert_close(
+            wrapper.run(batch.q, batch.cache).float(), expected[0][requests].float(), atol=1e-2, rtol=1e-2
+        )
+        fast_plan(wrapper, batch, disable_split_kv=True)
+        assert wrapper._decision.spec.variant().fixed_split
+        torch.testing.assert_close(
+            wrapper.run(batch.q, batch.cache).float(), expected[0][requests].float(), atol=1e-2, rtol=1e-2
+        )
+    assert not any(counters.any() for counters in wrapper._counters)
+
+
+@over_fixed
+@pytest.mark.parametrize("graph", [False, True])
+def test_workspace_size_is_what_fixed_splits_need(plan, graph):
+    batch = make_batch(POOL, dtype=BF16)
+
+    def wrapper_on(num_bytes):
+        buffers = [torch.zeros(n, dtype=torch.int32) for n in (len(POOL) + 1, 200, len(POOL))]
+        if graph:
+            return fi_prefetch.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(workspace(num_bytes), *buffers)
+        return fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(num_bytes))
+
+    sizes = wrapper_on(64).workspace_size(*batch.table, *batch.shape, **batch.dtypes, **plan)
+    assert (sizes[0] == 0) == ("disable_split_kv" in plan), "whole requests leave nothing to merge"
+    wrapper = wrapper_on(max(sizes[0], 16))
+    answers(batch, wrapper, **plan)
+    assert wrapper._decision.partial_bytes == sizes[0]
+
+
+def test_a_workspace_too_small_for_fixed_splits_goes_to_flashinfer():
+    batch = make_batch(POOL, dtype=BF16)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    needed, _ = wrapper.workspace_size(*batch.table, *batch.shape, **batch.dtypes, fixed_split_size=1)
+    answers(batch, wrapper, fixed_split_size=1)
+    spec, kv_bytes = wrapper._decision.spec, wrapper._decision.kv_bytes
+    pages = wrapper._most_pages(spec, kv_bytes)
+    for size, kernel in ((needed, "fi_prefetch"), (needed - 16, "flashinfer")):
+        choice = decision.decide(spec, kv_bytes, pages, workspace(size), torch.empty(0), torch.empty(0)).choice
+        assert choice.kernel == kernel
+    assert f"the float workspace holds {needed - 16} bytes, the partial results need {needed}" in choice.reason
+
+
+def test_splits_are_whole_tiles_and_there_is_room_for_all_that_a_table_can_have():
+    module, arguments = module_arguments(emulated.make_problem([40], heads_q=8, heads_kv=2), fixed_split=True)
+    plan, stride = arguments[2], 4 * (128 + 4)
+    assert list(plan)[6] == 1 << 28, "until fix_splits() every request is one split"
+    for tokens, tiles in ((1, 1), (16, 1), (17, 2), (2048, 128), (1 << 32, 1 << 28), (1 << 60, 1 << 28)):
+        # 1,000 pages of 48 tokens, 9 requests, 2 heads of 4 query rows.
+        fixed = list(module.fix_splits(plan, tokens, 1000, 48, 9, 2))
+        splits = 0 if tiles == 1 << 28 else (48_000 // (16 * tiles) + 9) * 2
+        assert fixed == [*list(plan)[:3], splits * 4 * stride, splits * 4 * 4, 4, tiles, 3], tokens
+    sizes = module.workspace_size(workspace(), torch.empty(0), 9, 8, 2, 48, False, -1, 0.0, 128, 128, *arguments[3:5])
+    assert list(sizes) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda fixed, plain, info: plain.fix_splits(info, 16, 9, 16, 1, 2), "compiled without fixed splits"),
+        (lambda fixed, plain, info: fixed.fix_splits(info, 0, 9, 16, 1, 2), "split_tokens: expected 1 or more, got 0"),
+        (lambda fixed, plain, info: fixed.fix_splits(info, 16, -1, 16, 1, 2), "expected counts, got -1 pages"),
+        (lambda fixed, plain, info: fixed.fix_splits(info, 16, 1 << 62, 1 << 20, 1, 2), "are too many splits"),
+        (lambda fixed, plain, info: fixed.fix_splits(info[:3], 16, 9, 16, 1, 2), "plan_info: expected the 8 numbers"),
+        (lambda fixed, plain, info: fixed.adjust_plan(info, 1, 5, 4, 1), "the grid is part of the result"),
+    ],
+    ids=["other module", "no tokens", "no count", "too many", "short plan", "other grid"],
+)
+def test_splits_that_are_none_are_refused(call, message):
+    fixed, arguments = module_arguments(emulated.make_problem([40], heads_q=8, heads_kv=2), fixed_split=True)
+    plain, _ = module_arguments(emulated.make_problem([40], heads_q=8, heads_kv=2))
+    with pytest.raises(ValueError, match=message):
+        call(fixed, plain, list(arguments[2]))
+
+
+def test_window_op_leaves_fixed_splits_alone():
+    batch = make_batch([400, 9], dtype=BF16)
+    wrapper = assert_wrapper_is_right(batch, plan={"fixed_split_size": 2})
+    assert fi_prefetch.prefetch_kv(wrapper, batch.cache) is False
+    assert wrapper._running is None
+    module, k, v = wrapper._decision.module, batch.cache[:, 0], batch.cache[:, 1]
+    with pytest.raises(ValueError, match="prefetch_kv: not with fixed splits"):
+        module.prefetch_kv(wrapper._decision.plan_info, k, v, *batch.table, 0, -1, 1, 1 << 20, 5, True, None)

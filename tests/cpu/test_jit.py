@@ -43,12 +43,18 @@ def test_names():
         "-DFI_PREFETCH_SLIDING_WINDOW=1",
         "-DFI_PREFETCH_SOFT_CAP=0",
         "-DFI_PREFETCH_POSITION=0",
+        "-DFI_PREFETCH_FIXED_SPLIT=0",
     ]
     rotary = VARIANT._replace(position="ROPE_LLAMA")
     assert rotary.name == f"{VARIANT.name}_rope_llama"
-    assert rotary.macros()[-1] == "-DFI_PREFETCH_POSITION=1"
+    assert rotary.macros()[-2] == "-DFI_PREFETCH_POSITION=1"
+    fixed = rotary._replace(fixed_split=True)
+    assert fixed.name == f"{VARIANT.name}_rope_llama_fixed_split"
+    assert fixed.macros() == [*rotary.macros()[:-1], "-DFI_PREFETCH_FIXED_SPLIT=1"]
     variants = jit.all_variants()
     assert len({variant.name for variant in variants}) == len(variants) == 144 + 144 + 72
+    assert not any(variant.fixed_split for variant in variants)
+    assert jit.all_variants(fixed_split=True) == [variant._replace(fixed_split=True) for variant in variants]
 
 
 def test_spec(toolchain):

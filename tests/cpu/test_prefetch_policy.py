@@ -13,6 +13,7 @@ from fi_prefetch.prefetch import (
     PROLOGUE_KV_BYTES,
     PROLOGUE_TILES,
     READY_CODES,
+    STREAMING_KV_BYTES,
     WELL_FED_BYTES_PER_SM,
     LaunchFacts,
     PrefetchPolicy,
@@ -27,7 +28,7 @@ policies = st.builds(
     run_ahead=tiles,
     prologue=tiles,
     early_load=st.sampled_from((True, False, "auto")),
-    streaming_hint=st.booleans(),
+    streaming_hint=st.sampled_from((True, False, "auto")),
     l2_budget=budgets,
 )
 launches = st.builds(
@@ -41,6 +42,8 @@ launches = st.builds(
     sm_count=st.integers(1, 160),
     ready=st.sampled_from(sorted(READY_CODES)),
     batch_size=st.integers(1, 600),
+    fixed_split=st.booleans(),
+    streams_faster=st.booleans(),
 )
 H100 = LaunchFacts(132, 8, 3, 8192, 32 * MIB, 50 * MIB, 132)
 
@@ -86,6 +89,19 @@ def test_nothing_before_a_wait_that_is_not_there(policy, launch):
 
 
 @given(policies, launches, st.booleans())
+def test_nothing_before_the_wait_with_fixed_splits(policy, launch, pdl):
+    plan = resolve(policy, launch._replace(fixed_split=True), pdl)
+    assert plan.prologue == 0 and not plan.early_load
+    if pdl:
+        assert "prologue 0: the batch-invariant kernel starts with the dependency wait" in plan.reason
+        if policy.early_load:
+            assert "early load off: the batch-invariant kernel starts with the dependency wait" in plan.reason
+    # The others are what they are without.
+    without = resolve(policy, launch._replace(fixed_split=False), pdl)
+    assert plan.streaming_hint == without.streaming_hint and plan.run_ahead >= without.run_ahead
+
+
+@given(policies, launches, st.booleans())
 def test_early_load_only_on_a_promise(policy, launch, pdl):
     early_load = resolve(policy, launch, pdl).early_load
     allowed = pdl and launch.ready == "all_but_last_token" and not launch.fixed_split
@@ -102,7 +118,12 @@ def test_off_is_off(launch, pdl):
 
 @given(policies, launches, st.booleans())
 def test_the_streaming_hint_is_on_where_it_is_asked_for(policy, launch, pdl):
-    assert resolve(policy, launch, pdl).streaming_hint == policy.streaming_hint
+    on = resolve(policy, launch, pdl).streaming_hint
+    assert on == (
+        launch.streams_faster and (launch.kv_bytes is None or launch.kv_bytes > STREAMING_KV_BYTES)
+        if policy.streaming_hint == "auto"
+        else policy.streaming_hint
+    )
 
 
 @given(launches, st.booleans())
@@ -202,7 +223,7 @@ def test_texts(text, policy, monkeypatch):
 @pytest.mark.parametrize(
     "text",
     ["fast", "run_ahead", "run_ahead=", "run_ahead=-1", "run_ahead=two", "depth=2", "early_load=2", "l2_budget=1.5",
-     "early_load=often", "streaming_hint=auto", "streaming_hint=2",
+     "early_load=often", "streaming_hint=often", "streaming_hint=2",
      "l2_budget=-1", "run_ahead=2 prologue=4", "auto,run_ahead=2"],
 )  # fmt: skip
 def test_bad_texts(text, monkeypatch):
@@ -220,7 +241,7 @@ def test_environment_left_out(monkeypatch):
 
 @pytest.mark.parametrize(
     "fields", [{"run_ahead": -1}, {"prologue": 1.5}, {"run_ahead": True}, {"early_load": 1}, {"streaming_hint": 1},
-               {"early_load": "often"}, {"streaming_hint": "auto"},
+               {"early_load": "often"}, {"streaming_hint": "often"},
                {"l2_budget": -1}, {"l2_budget": 1.01}, {"l2_budget": "half"}, {"l2_budget": True}]
 )  # fmt: skip
 def test_bad_fields(fields):

@@ -81,6 +81,8 @@ def test_sessions_say_everything_that_a_plan_can_say() -> None:
     """Over a few hundred sessions, each choice of a strategy and each compiled variant comes up: another few hundred
     where the first draws, which are hypothesis's own, left one out."""
     seen: list[Session] = []
+    everything = {(compiled, False) for compiled in random_plans.COMPILED}
+    everything |= {(compiled, True) for compiled in random_plans.FIXED_SPLIT_COMPILED}
 
     class Watcher:
         passed = 0
@@ -91,7 +93,7 @@ def test_sessions_say_everything_that_a_plan_can_say() -> None:
 
     for seed in range(5, 10):
         random_plans.explore(Watcher(), 4000, seed, random_plans.sessions())
-        if {shape.compiled for session in seen for shape in session.shapes} == set(random_plans.COMPILED):
+        if {(shape.compiled, shape.split > 0) for session in seen for shape in session.shapes} >= everything:
             break
     steps = [step for session in seen for step in session.steps]
     shapes = [shape for session in seen for shape in session.shapes]
@@ -100,7 +102,11 @@ def test_sessions_say_everything_that_a_plan_can_say() -> None:
     assert {step.batch for step in steps} == set(random_plans.BATCHES)
     assert {step.how for step in steps} == {"plan", "run", "replay", "plan and replay"}
     assert {step.workspace for step in steps} == {"same", "large", "exact"}
-    assert {shape.compiled for shape in shapes} == set(random_plans.COMPILED)
+    assert {shape.compiled for shape in shapes if not shape.split} == set(random_plans.COMPILED)
+    fixed = [shape for shape in shapes if shape.split]
+    assert {shape.compiled for shape in fixed} == set(random_plans.FIXED_SPLIT_COMPILED)
+    assert {shape.split for shape in fixed} == set(random_plans.FIXED_SPLITS)
+    assert 0.05 < len(fixed) / len(shapes) < 0.2
     assert {shape.storage for shape in shapes} == set(random_plans.STORAGES)
     assert {session.policy for session in seen} == set(random_plans.POLICIES)
 
@@ -145,8 +151,14 @@ SMALL = (
             tuple(replace(step, how=how) for step, how in zip(SMALL, random_plans.GRAPH_WAYS[1:], strict=True)),
             graph=True,
         ),
+        Session((Shape(split=1), Shape(), Shape(split=harness.WHOLE, page=1), Shape(split=3, page=5, group=12)), SMALL),
+        Session(
+            (Shape(split=2),),
+            tuple(replace(step, how=how) for step, how in zip(SMALL, random_plans.GRAPH_WAYS[1:], strict=True)),
+            graph=True,
+        ),
     ],
-    ids=["plain", "shapes in turn", "window", "fp8", "graph"],
+    ids=["plain", "shapes in turn", "window", "fp8", "graph", "fixed splits in turn", "fixed splits in a graph"],
 )
 def test_sessions_pass_on_the_emulated_kernel(emulated, session: Session) -> None:
     run = runner()

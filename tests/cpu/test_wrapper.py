@@ -495,12 +495,13 @@ class FakeModule:
         return [132, 8, 8 * 3 * tile + 512, self.partial_bytes, 3 * 132 * 4, num_qo_heads // num_kv_heads, 1, 3]
 
     def adjust_plan(self, info: list[int], batch_size: int, blocks: int, warps: int, min_tiles: int) -> list[int]:
-        assert warps <= info[1]
+        assert warps <= info[1] and not self.variant.fixed_split
         return [blocks, warps, *info[2:6], min_tiles, info[7]]
 
     def fix_splits(
         self, info: list[int], split_tokens: int, pages: int, page_size: int, batch_size: int, heads: int
     ) -> list[int]:
+        self.calls.append(("fix_splits", (split_tokens, pages, page_size, batch_size, heads)))
         assert self.variant.fixed_split
         splits = (pages * page_size // split_tokens + batch_size) * heads
         return [*info[:3], splits * 1024, splits * 4, info[5], -(-split_tokens // 16), info[7]]
@@ -773,8 +774,34 @@ def test_gpu_fixed_splits_need_room(gpu, half_batch):
     assert wrapper.kernel_choice.kernel == "flashinfer" and "4096 bytes" in wrapper.kernel_choice.reason
     table = (*half_batch.table, *half_batch.shape)
     needed, _ = wrapper.workspace_size(*table, **half_batch.dtypes, fixed_split_size=1)
-    pages, requests, heads = half_batch.indices.numel(), half_batch.last_page_len.numel(), half_batch.shape[1]
-    assert needed == (pages + requests) * heads * 1024
+    # Five pages, which count as eight: the power of two that the launch goes by. Four requests, two kv heads.
+    assert needed == (8 + 4) * 2 * 1024
+    assert planned(half_batch, workspace_bytes=needed, fixed_split_size=1).kernel_choice.kernel == "fi_prefetch"
+    # FlashInfer gets the same splits to make.
+    assert [plan["fixed_split_size"] for _, plan in gpu.flashinfers] == [1]
+
+
+@pytest.mark.parametrize("options", [{"fixed_split_size": 2}, {"disable_split_kv": True, "window_left": 9}])
+def test_gpu_fixed_splits_in_a_graph(gpu, half_batch, dense_decode, options):
+    """There is room for as many pages as the buffer holds, and the grid is the module's own."""
+    wrapper = graph_wrapper(half_batch)
+    for _ in range(2):
+        wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes, **options)
+        result = wrapper.run(half_batch.q, half_batch.cache, return_lse=True)
+        assert_decodes(result, dense_decode(half_batch, window_left=options.get("window_left", -1)), rtol=1e-2)
+    module = only(gpu.modules)
+    assert module.names() == ["plan", "fix_splits", "run", "run"]
+    tokens = 32 if "fixed_split_size" in options else dispatch.WHOLE_REQUEST
+    assert module.calls[1] == ("fix_splits", (tokens, 100, 16, 4, 2))
+    assert list(wrapper._plan_info)[:2] == [132, 8] and wrapper._plan_info is module.calls[2][1][3]
+
+
+@pytest.mark.parametrize("options", [{"fixed_split_size": 4}, {"disable_split_kv": True}])
+def test_fixed_splits_on_the_cpu_are_the_references(batch, dense_decode, options):
+    """Which computes a request by itself anyway."""
+    wrapper = planned(batch, **options)
+    assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
+    assert wrapper.kernel_choice.kernel == "reference"
 
 
 def test_gpu_small_workspace(gpu, half_batch):
@@ -979,6 +1006,28 @@ def test_gpu_fast_plan_that_ours_cannot_serve(gpu, half_batch, make_batch):
     assert wrapper.run(later.q, later.cache) == "their result"
     with pytest.raises(TypeError, match="got 3"):
         wrapper._module.plan(1, 2, 3)
+
+
+@pytest.mark.parametrize("form", [19, 20])
+@pytest.mark.parametrize(("size", "whole"), [(2, False), (-1, True)])
+def test_gpu_fast_plan_of_fixed_splits(gpu, half_batch, make_batch, dense_decode, form, size, whole):
+    wrapper = planned(half_batch, use_tensor_cores=True)
+    later = make_batch([40, 1, 17], seed=1, dtype=torch.bfloat16)
+    # Longer than this batch needs: there must be room for all that the table could list.
+    indices = torch.cat([later.indices, torch.zeros(20, dtype=torch.int32)])
+    wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf = later.indptr, indices
+    wrapper._paged_kv_last_page_len_buf = later.last_page_len
+    args = list(fast_plan_arguments(wrapper, later, form))
+    args[16], args[17] = size, whole
+    wrapper._plan_info = wrapper._cached_module.plan(*args)
+    assert_decodes(wrapper.run(later.q, later.cache, return_lse=True), dense_decode(later), rtol=1e-2)
+    module = wrapper._decision.module
+    assert module.variant.fixed_split and not gpu.flashinfers
+    assert module.calls[1] == ("fix_splits", (dispatch.WHOLE_REQUEST if whole else 32, 32, 16, 3, 2))
+    # And back.
+    wrapper._plan_info = wrapper._cached_module.plan(*fast_plan_arguments(wrapper, later, form))
+    assert_decodes(wrapper.run(later.q, later.cache, return_lse=True), dense_decode(later), rtol=1e-2)
+    assert not wrapper._decision.module.variant.fixed_split
 
 
 def test_gpu_fast_plan_of_several_query_tokens(gpu, make_batch, dense_decode):

@@ -22,7 +22,7 @@ import fi_prefetch
 from fi_prefetch import reference
 
 DEVICE = torch.device("cuda")
-WORKSPACE_BYTES = 64 << 20
+WORKSPACE_BYTES = 128 << 20
 GUARD_BYTES = 256
 GUARD_VALUE = 0xA5
 SPARE_PAGES = 3
@@ -283,6 +283,11 @@ def plan_options(case: Case, kv_dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def split_options(case: Case) -> dict[str, Any]:
+    """Where our kernel is to cut; FlashInfer answers with splits of its own choice."""
+    return {"fixed_split_size": case.split if case.split > 0 else None, "disable_split_kv": case.split == WHOLE}
+
+
 def flashinfer_answer(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashInfer's output and LSE for the rows that have KV."""
     case = inputs.case
@@ -360,7 +365,6 @@ def new_wrapper(case: Case, **options: Any) -> fi_prefetch.BatchDecodeWithPagedK
 
 def plan(wrapper: Any, inputs: Inputs) -> None:
     case = inputs.case
-    splits = {"fixed_split_size": case.split if case.split > 0 else None, "disable_split_kv": case.split == WHOLE}
     wrapper.plan(
         inputs.indptr,
         inputs.indices,
@@ -369,7 +373,7 @@ def plan(wrapper: Any, inputs: Inputs) -> None:
         case.dim,
         case.page,
         **plan_options(case, DTYPES[case.kv]),
-        **splits,
+        **split_options(case),
     )
 
 

@@ -50,6 +50,13 @@ COMPILED = (
     ("bf16", "e4m3", "bf16", 128, True, False),
     *[(q, kv, q, dim, False, False) for q in ("bf16", "f16") for kv in ("e4m3", "e5m2") for dim in (64, 128, 256)],
 )
+# Of the batch-invariant kernel, by the same. Both kernels of a variant, up to 8 query rows a kv head and up to 16.
+FIXED_SPLIT_COMPILED = (
+    ("bf16", "bf16", "bf16", 128, False, False),
+    ("bf16", "e4m3", "bf16", 128, False, False),
+    ("bf16", "bf16", "bf16", 64, False, False),
+    ("f16", "f16", "f16", 128, True, False),
+)
 # Of FlashInfer's, by the same: the suite's other tests compare with exactly these.
 FLASHINFER_COMPILED = (
     *[("bf16", dim, window, False) for dim in (64, 128, 256) for window in (False, True)],
@@ -63,7 +70,7 @@ FLASHINFER_COMPILED = (
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan fixes beside the page table."""
+    """What a plan fixes beside the page table. `split`: as of a Case."""
 
     compiled: tuple[str, str, str, int, bool, bool] = ("bf16", "bf16", "bf16", 128, False, False)
     heads_kv: int = 2
@@ -75,6 +82,7 @@ class Shape:
     window: int = 100  # where the variant has one
     cap: float = 30.0
     sm_scale: float | None = None
+    split: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,7 @@ def case_of(step: Step, shape: Shape, budget: int) -> Case:
         q_len=shape.q_len,
         scales=step.scales,
         sm_scale=shape.sm_scale,
+        split=shape.split,
         seed=step.seed,
     )
 
@@ -186,11 +195,17 @@ def case_of(step: Step, shape: Shape, budget: int) -> Case:
 # ---- strategies ----------------------------------------------------------------------------------------------------
 
 
+# Pages; one shape in ten is the batch-invariant kernel's.
+FIXED_SPLITS = (harness.WHOLE, 1, 3, 40)
+SPLITS = (0,) * 9 * len(FIXED_SPLITS) + FIXED_SPLITS
+
+
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
     q_len = draw(st.sampled_from((1, 1, 1, 2, 4, 16)))
+    split = draw(st.sampled_from(SPLITS))
     return Shape(
-        compiled=draw(st.sampled_from(COMPILED)),
+        compiled=draw(st.sampled_from(FIXED_SPLIT_COMPILED if split else COMPILED)),
         heads_kv=draw(st.sampled_from((1, 2, 3, 4, 8))),
         group=draw(st.integers(1, 16 // q_len)),
         q_len=q_len,
@@ -200,6 +215,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         window=draw(st.sampled_from((0, 1, 15, 16, 17, 100, 1000))),
         cap=draw(st.sampled_from((1.0, 30.0))),
         sm_scale=draw(st.sampled_from((None, None, 0.02, 0.3))),
+        split=split,
     )
 
 
@@ -433,11 +449,12 @@ class Runner:
         budget: tokens of a batch, about.
         compare: whether FlashInfer answers as well.
         repeat: whether every call is made twice.
+        workspace_bytes: room for the largest batch in splits of one tile.
     """
 
     def __init__(
         self, device: torch.device, budget: int = 8192, compare: bool = True, repeat: bool = True,
-        workspace_bytes: int = 24 << 20,
+        workspace_bytes: int = 192 << 20,
     ) -> None:  # fmt: skip
         torch.set_float32_matmul_precision("highest")  # for the reference
         self.device, self.budget, self.compare, self.repeat = device, budget, compare, repeat
@@ -546,10 +563,10 @@ class _Life:
             return
         case, wrapper = inputs.case, self.wrapper
         if step.workspace == "exact":
-            options = harness.plan_options(case, DTYPES[case.kv])
+            options = harness.plan_options(case, DTYPES[case.kv]) | harness.split_options(case)
             table = (inputs.indptr, inputs.indices, inputs.last_page_len)
             size, _ = wrapper.workspace_size(*table, *case.heads, case.dim, case.page, **options)
-            size = max(size, wrapper._decision.partial_bytes)  # a plan that stays may have a larger grid
+            size = max(size, wrapper._decision.partial_bytes, 16)  # a plan that stays may have a larger grid
             chosen = Guarded((size,), torch.uint8, self.device)
         else:
             chosen = self.runner.large[self.workspace is self.runner.large[0]]

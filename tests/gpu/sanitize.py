@@ -30,7 +30,7 @@ from harness import (
     same_bits,
     truth,
 )
-from random_plans import COMPILED
+from random_plans import COMPILED, FIXED_SPLIT_COMPILED
 
 import fi_prefetch
 
@@ -63,6 +63,11 @@ def cases() -> list[tuple[Case, dict[str, str]]]:
         for q, kv, o, dim, window, cap in COMPILED
         for heads in ((8, 2), (24, 2))
         if heads == (24, 2) or window or cap
+    ]
+    plain += [
+        Case(lens=(700, 0, 33), heads=heads, q=q, kv=kv, o=o, dim=dim, window=90 if window else -1, split=3)
+        for q, kv, o, dim, window, _ in FIXED_SPLIT_COMPILED
+        for heads in ((8, 2), (24, 2))
     ]
     levers = [
         {"prefetch": policy, "ready": ready}

@@ -78,6 +78,8 @@ FOR_FLASHINFER: dict[str, tuple[Case, dict[str, Any], dict[str, Any]]] = {
     "32 query heads a kv head": (Case(heads=(32, 1)), {"use_tensor_cores": True}, {}),
     "too many query rows": (Case(lens=(100, 37), heads=(8, 2), q_len=5), {"use_tensor_cores": True}, {}),
     "a backend by name": (Case(), {"use_tensor_cores": True, "backend": "fa2"}, {}),
+    "32 query heads, cut after 4 pages": (Case(heads=(32, 1)), {"use_tensor_cores": True}, {"fixed_split_size": 4}),
+    "32 query heads, not cut": (Case(heads=(32, 1)), {"use_tensor_cores": True}, {"disable_split_kv": True}),
 }
 
 
