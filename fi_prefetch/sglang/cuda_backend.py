@@ -3,7 +3,8 @@
 What it takes from SGLang beyond the public `AttentionBackend`, all in `flashinfer_backend.py` of the tested releases:
 `decode_wrappers`, `_create_decode_wrappers` and `cuda_graph_kv_indices` (where wrappers are made and which buffers they
 get), `indices_updater_decode` with `call_begin_forward` (which fills the page table and plans), `_get_wrapper_idx`
-(which of two wrappers a layer uses), and `decode_uses_dequant_workspace`, `enable_deterministic`, `decode_kv_access`.
+(which of two wrappers a layer uses), and `decode_uses_dequant_workspace`, `enable_deterministic`,
+`decode_split_tile_size`, `decode_kv_access`, `req_to_token_pool`.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
         # was captured with, so the second capture must not replace it.
         if bs not in self._graph_wrappers:
             # Splits of a fixed size need room for as many as the table could list: no more than these requests have.
-            most_slots = num_tokens * self.indices_updater_decode.req_to_token.shape[1]
+            most_slots = num_tokens * self.req_to_token_pool.req_to_token.shape[1]
             self._graph_wrappers[bs] = [
                 self._wrapper(
                     use_cuda_graph=True,

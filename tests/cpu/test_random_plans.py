@@ -36,7 +36,7 @@ def emulated(monkeypatch):
 
 
 def runner() -> Runner:
-    return Runner(CPU, budget=200, compare=False, workspace_bytes=1 << 20)
+    return Runner(CPU, budget=200, compare=False, workspace_bytes=1 << 22)
 
 
 def inputs_of(step: Step, shape: Shape, budget: int = 300) -> harness.Inputs:

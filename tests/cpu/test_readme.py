@@ -192,7 +192,7 @@ OWN_TOOLS = ("cli.py", "evidence.py", "gpu_check.py", "bench")
 # What they return is a reason why another kernel serves.
 REASON_FUNCTIONS = (
     "_obstacle",
-    "_unusual_mask_or_split",
+    "_unusual_mask",
     "rope_obstacle",
     "cache_obstacle",
     "_stride_obstacle",
@@ -210,6 +210,18 @@ def text_of(node: ast.expr) -> str | None:
     return None
 
 
+def raised_by_name(tree: ast.AST) -> Iterator[ast.expr]:
+    """What a function assigns to a name that it raises an error with."""
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            inside = list(ast.walk(function))
+            errors = [node.exc for node in inside if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+            names = {error.args[0].id for error in errors if error.args and isinstance(error.args[0], ast.Name)}
+            for node in inside:
+                if isinstance(node, ast.Assign) and any(getattr(t, "id", None) in names for t in node.targets):
+                    yield node.value
+
+
 def messages() -> dict[str, str]:
     """Every message that the package raises, warns of or gives as a reason, with where it stands."""
     found = {}
@@ -217,7 +229,11 @@ def messages() -> dict[str, str]:
         relative = path.relative_to(ROOT / "fi_prefetch")
         if relative.parts[0] in OWN_TOOLS:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        for candidate in raised_by_name(tree):
+            if text := text_of(candidate):
+                found[text] = f"{relative}:{candidate.lineno}"
+        for node in ast.walk(tree):
             candidates: list[ast.expr] = []
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 candidates = node.exc.args[:1]

@@ -35,15 +35,21 @@ class WindowPool:
         return slots + 100
 
 
-def updater(kind: type[FlashInferIndicesUpdaterDecode], window_pool: Any = None) -> FlashInferIndicesUpdaterDecode:
-    """SGLang's updater, without the model runner it is normally made from."""
+def updater(
+    kind: type[FlashInferIndicesUpdaterDecode], window_pool: Any = None, split_tile_size: int | None = None
+) -> FlashInferIndicesUpdaterDecode:
+    """SGLang's updater, without the model runner it is normally made from; deterministic with a `split_tile_size`."""
     made = object.__new__(kind)
     made.num_qo_heads, made.num_kv_heads, made.head_dim = 6, 2, 64
     made.data_type = made.q_data_type = torch.float32
     made.kv_last_page_len = torch.ones(8, dtype=torch.int32)
     made.req_to_token = torch.arange(6 * TABLE_WIDTH, dtype=torch.int32).view(6, TABLE_WIDTH)
     made._swa_kv_pool = window_pool
-    made.attn_backend = SimpleNamespace(kv_index_translator=translator(made.req_to_token))
+    made.attn_backend = SimpleNamespace(
+        kv_index_translator=translator(made.req_to_token),
+        enable_deterministic=split_tile_size is not None,
+        decode_split_tile_size=split_tile_size,
+    )
     return made
 
 
@@ -144,6 +150,46 @@ def test_step_without_a_graph_plans_for_its_own_table() -> None:
     assert wrapper.kernel_choice.kernel == "reference"
 
 
+# What SGLang asks for in deterministic inference, outside and inside of CUDA graphs.
+ASKED_EAGER = {"fixed_split_size": 4, "disable_split_kv": False}
+ASKED_IN_GRAPHS = {"fixed_split_size": None, "disable_split_kv": True}
+
+
+@pytest.mark.parametrize("asked", [ASKED_EAGER, ASKED_IN_GRAPHS], ids=["eager", "as in graphs"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_deterministic_steps_are_cut_at_the_same_places(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], graph: bool
+) -> None:
+    wrapper = graph_wrapper() if graph else ServedDecodeWrapper(WORKSPACE)
+    planned: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        ServedDecodeWrapper, "begin_forward", property(lambda self: lambda *args, **kwargs: planned.append(kwargs))
+    )
+    table = {} if graph else {"kv_indptr": torch.zeros(9, dtype=torch.int32)}
+    fill(updater(_DecodePageTable, split_tile_size=4), wrapper, LENGTHS, **table, **asked)
+    fill(updater(_DecodePageTable), wrapper, LENGTHS, **table, **asked)
+    deterministic, other = ({name: plan[name] for name in asked} for plan in planned)
+    assert deterministic == ASKED_EAGER
+    assert other == asked, "nothing is changed where inference need not be deterministic"
+
+
+def test_deterministic_graphs_are_planned_with_the_splits_of_steps_without() -> None:
+    """By the plan that a wrapper of a graph keeps: the one at its capture."""
+    its_updater = updater(_DecodePageTable, split_tile_size=4)
+    wrapper = ServedDecodeWrapper(
+        WORKSPACE,
+        use_cuda_graph=True,
+        paged_kv_indptr_buffer=torch.zeros(4, dtype=torch.int32),
+        paged_kv_indices_buffer=torch.zeros(64, dtype=torch.int32),
+        paged_kv_last_page_len_buffer=torch.ones(3, dtype=torch.int32),
+    )
+    for _ in range(2):  # the second one is a replay's
+        fill(its_updater, wrapper, LENGTHS, **ASKED_IN_GRAPHS)
+        spec = wrapper._decision.spec
+        assert (spec.fixed_split_size, spec.disable_split_kv, spec.split_tokens) == (4, False, 4)
+        assert slots(wrapper) == expected()
+
+
 @pytest.mark.parametrize("lengths_on_host", [True, False])
 def test_window_pools_slots_are_translated(lengths_on_host: bool) -> None:
     lengths = LENGTHS if lengths_on_host else None
@@ -181,6 +227,7 @@ def backend_for_graphs() -> FiPrefetchAttnBackend:
     backend.kv_indptr = [torch.zeros(9, dtype=torch.int32)]
     backend.kv_last_page_len = torch.ones(8, dtype=torch.int32)
     backend.cuda_graph_kv_indices = [torch.zeros(8 * TABLE_WIDTH, dtype=torch.int32)]
+    backend.req_to_token_pool = SimpleNamespace(req_to_token=torch.zeros(6, TABLE_WIDTH, dtype=torch.int32))
     return backend
 
 
@@ -189,3 +236,12 @@ def test_second_capture_of_a_batch_size_keeps_the_first_ones_wrapper() -> None:
     first = backend._create_decode_wrappers(4, 4)
     assert backend._create_decode_wrappers(4, 4) is first
     assert backend._create_decode_wrappers(2, 2) is not first
+
+
+def test_a_graphs_table_is_as_long_as_its_requests_can_make_it() -> None:
+    """Splits of a fixed size need workspace for as many as a table can list."""
+    backend = backend_for_graphs()
+    for batch_size in (1, 4, 8):
+        (wrapper,) = backend._create_decode_wrappers(batch_size, batch_size)
+        assert wrapper._paged_kv_indices_buf.shape[0] == batch_size * TABLE_WIDTH
+        assert wrapper._paged_kv_indices_buf.data_ptr() == backend.cuda_graph_kv_indices[0].data_ptr()
