@@ -1,5 +1,5 @@
 // What a measurement needs beside the kernels it measures: a plain read of memory (the read ceiling), a read of the
-// rows that a decode call reads (what any kernel takes at least), a stretch of time in which HBM is idle (the stand-in
+// rows that a decode call reads and nothing else, a stretch of time in which HBM is idle (the stand-in
 // for an all-reduce), and the kernel that comes before attention in a layer.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>

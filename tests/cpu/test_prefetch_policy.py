@@ -210,7 +210,7 @@ def test_empty_batch():
         ("run_ahead=2,prologue=4", PrefetchPolicy(run_ahead=2, prologue=4)),
         ("run_ahead=auto, early_load=0", PrefetchPolicy(early_load=False)),
         ("streaming_hint=on,l2_budget=0.25", PrefetchPolicy(streaming_hint=True, l2_budget=0.25)),
-        ("streaming_hint=0,l2_budget=1000000", PrefetchPolicy(l2_budget=1000000)),
+        ("streaming_hint=0,l2_budget=1000000", PrefetchPolicy(streaming_hint=False, l2_budget=1000000)),
     ],
 )
 def test_texts(text, policy, monkeypatch):
