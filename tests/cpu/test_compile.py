@@ -107,8 +107,8 @@ MAX_SPILLED_BYTES = {
 }
 # The same of the batch-invariant kernel, which has a second level of its merge beside the first.
 MAX_SPILLED_BYTES_OF_FIXED_SPLITS = {"NONE": {(256, 2): 384}, "ROPE_LLAMA": {(128, 2): 88}}
-# The window kernel keeps two registers in memory on one architecture.
-MAX_SPILLED_BYTES_OF_WINDOW = {"10.0a": 8}
+# The window kernel keeps two registers in memory on two architectures.
+MAX_SPILLED_BYTES_OF_WINDOW = {"8.0": 8, "10.0a": 8}
 
 
 @dataclass
