@@ -326,17 +326,20 @@ print("clean")
     assert result.returncode == 0 and result.stdout.strip() == "clean", result.stderr[-4000:]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
+# What both kernels are tried on.
+ANY_BATCH = dict(
     lengths=st.lists(st.integers(0, 400), min_size=1, max_size=40),
     page_size=st.sampled_from([1, 3, 16]),
     heads_kv=st.sampled_from([1, 2, 3]),
     group=st.sampled_from([1, 4, 7]),
     blocks=st.integers(1, 24),
     warps=st.integers(1, 8),
-    min_tiles=st.integers(0, 3),
     seed=st.integers(0, 2**20),
 )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(**ANY_BATCH, min_tiles=st.integers(0, 3))
 def test_any_batch(lengths, page_size, heads_kv, group, blocks, warps, min_tiles, seed):
     assert_right(
         make_problem(lengths, heads_q=heads_kv * group, heads_kv=heads_kv, page_size=page_size, blocks=blocks,

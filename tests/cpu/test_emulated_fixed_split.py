@@ -11,7 +11,7 @@ import torch
 from emulated_decode import WHOLE_REQUEST, Problem, make_problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_emulated_decode import LENGTHS, assert_right
+from test_emulated_decode import ANY_BATCH, LENGTHS, assert_right
 
 BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
 SPLITS = {"a tile": 1, "two tiles": 2, "five tiles": 5, "whole": WHOLE_REQUEST}
@@ -284,16 +284,7 @@ def test_no_content_of_the_page_table_reads_outside_the_cache():
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    lengths=st.lists(st.integers(0, 400), min_size=1, max_size=40),
-    page_size=st.sampled_from([1, 3, 16]),
-    heads_kv=st.sampled_from([1, 2, 3]),
-    group=st.sampled_from([1, 4, 7]),
-    blocks=st.integers(1, 24),
-    warps=st.integers(1, 8),
-    split_tiles=st.sampled_from([1, 2, 3, 10, WHOLE_REQUEST]),
-    seed=st.integers(0, 2**20),
-)
+@given(**ANY_BATCH, split_tiles=st.sampled_from([1, 2, 3, 10, WHOLE_REQUEST]))
 def test_any_batch(lengths, page_size, heads_kv, group, blocks, warps, split_tiles, seed):
     problem = make_problem(
         lengths, heads_q=heads_kv * group, heads_kv=heads_kv, page_size=page_size, blocks=blocks, warps=warps,
