@@ -302,7 +302,7 @@ def test_what_was_compiled_ahead_is_loaded_where_there_is_no_nvcc(case, tmp_path
 @pytest.mark.parametrize("source", ["fi_prefetch/bench/kernels.cu", "tests/gpu/late_writes.cu"])
 def test_the_kernels_of_measurements_and_gpu_tests_compile(source, tmp_path):
     """FlashInfer's JIT builds them where they are used, on a GPU; that they compile is known before."""
-    folders = {libinfo.find_include_path(), libinfo.find_dlpack_include_path()}
+    folders = {libinfo.find_include_path(), libinfo.find_dlpack_include_path(), jit.csrc_dir()}
     flags = ["-std=c++17", "-arch=sm_90a", "-cubin", "-Werror=all-warnings", *(f"-I{folder}" for folder in folders)]
     command = [jit.nvcc_path(), *flags, "-o", tmp_path / "kernels.cubin", ROOT / source]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
