@@ -24,9 +24,11 @@ OLDEST_TOOLS := $(abspath $(VENV))/for-oldest-flashinfer
 demo: $(VENV)/made-from
 	$(RUN)/fi-prefetch demo
 
+# No process is started for one that crashed: by groups, pytest-xdist would wait for the crashed one's tests for ever.
 test: $(VENV)/made-from
 	$(RUN)/python tests/sglang/make_env.py
-	$(RUN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadgroup tests/cpu tests/sglang
+	$(RUN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --max-worker-restart 0 --dist loadgroup \
+	    tests/cpu tests/sglang
 
 # The wrapper on the oldest FlashInfer it supports, 0.6.14: the one beside the oldest SGLang that is tested.
 test-oldest: $(VENV)/made-from

@@ -471,6 +471,20 @@ def test_a_thread_without_end_is_found(library):
         run(library, "endless", [0], 1, threads=1)
 
 
+def test_no_stack_outlives_its_launch(library):
+    """Each is two mappings, and all libraries of a process share the 65,530 that Linux allows it."""
+
+    def mappings():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    run_or_message(library, "transpose", INDEX, 32)
+    before = mappings()
+    run(library, "block_vote", np.arange(256), 256, blocks=4, threads=256)
+    _, message = run_or_message(library, "reverse", np.arange(256), 256, variant=2, blocks=4, threads=256)
+    assert "divergence" in message
+    assert mappings() < before + 2 * 32, "fewer than a warp's"
+
+
 @pytest.mark.parametrize("blocks, threads, shared", [(0, 32, 0), (1, 0, 0), (1, 1056, 0), (1, 32, 227 * 1024 + 1)])
 def test_invalid_launches(library, blocks, threads, shared):
     with pytest.raises(emu.EmulationError, match="not a valid launch"):

@@ -108,9 +108,9 @@ inline void start_fiber(Fiber& fiber, void (*entry)(), int index) {
     void* memory = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, kGuardBytes, PROT_NONE);
     fiber.mapped = memory;
     fiber.mapped_bytes = kStackBytes + kGuardBytes;
+    if (mprotect(memory, kGuardBytes, PROT_NONE)) throw std::bad_alloc();
     fiber.stack = static_cast<uint8_t*>(memory) + kGuardBytes;
     fiber.stack_bytes = kStackBytes;
   }
@@ -248,7 +248,7 @@ struct Statistics {
 struct Machine {
   Launch launch;
   std::function<void()> kernel;
-  std::vector<std::unique_ptr<Block>> blocks;  // the resident ones; kept between launches for their stacks
+  std::vector<std::unique_ptr<Block>> blocks;  // the resident ones
   Fiber host;
   uint64_t random_state = 0;
   int rotation = 0;         // where the order of lanes starts in this round
@@ -568,13 +568,11 @@ inline void run_grid() {
   }
   uint32_t started = 0;
   const size_t resident = std::min<size_t>(std::max(launch.resident_blocks, 1), total_blocks);
-  while (machine.blocks.size() < resident) machine.blocks.push_back(std::make_unique<Block>());
   const size_t warps = (threads + 31) / 32;
-  for (auto& block : machine.blocks) {
-    block->running = false;
-    if (block->warps.size() == warps) continue;
-    block->warps.resize(warps);
-    block->lanes = std::make_unique<Lane[]>(warps * 32);
+  for (size_t i = 0; i < resident; ++i) {
+    Block& block = *machine.blocks.emplace_back(std::make_unique<Block>());
+    block.warps.resize(warps);
+    block.lanes = std::make_unique<Lane[]>(warps * 32);
   }
   // By the seed, warps advance in step or far apart: runs of rounds of one warp are short or long, and the next warp is
   // any, or the one with the highest priority, which rarely changes, so that others starve.
@@ -657,7 +655,13 @@ const char* launch(const Launch& launch, void (*kernel)(Parameters...), Argument
   pthread_attr_destroy(&attributes);
   machine.host.stack = static_cast<uint8_t*>(stack);
 #endif
-  run_grid();
+  try {
+    run_grid();
+  } catch (const std::bad_alloc&) {
+    machine.error = "no memory for the threads' stacks";
+  }
+  // Not kept for the next launch: two mappings a stack, and a process has 65,530 for all the libraries that it loads.
+  machine.blocks.clear();
   return machine.error.empty() ? nullptr : machine.error.c_str();
 }
 
