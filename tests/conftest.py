@@ -8,6 +8,11 @@ import batches
 import pytest
 import torch
 from batches import Batch
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is, and nothing of what is tested.
+settings.register_profile("fi_prefetch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fi_prefetch")
 
 
 @pytest.fixture

@@ -213,6 +213,18 @@ def paper(result: dict[str, Any]) -> Table:
     return Table("The paper's kernel", TABLE_COLUMNS, table_rows(result), words=2)
 
 
+def evidence(record: dict[str, Any]) -> Table:
+    """What a GPU has run of the tests and sanitizers; `record` is that of tests/gpu_evidence.json."""
+    where = (record["gpu"], record["commit"][:12])
+    parts = {**record["suites"], **record["sanitizers"]}
+    lines = [
+        (name, *where, *(str(counts[end]) for end in ("passed", "failed", "skipped")), str(counts["seed"] or "-"))
+        for name, counts in parts.items()
+    ]
+    columns = ("what ran", "on", "commit", "passed", "failed", "left out", "seed")
+    return Table("Tests and sanitizers on a GPU", columns, lines, words=3)
+
+
 VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "classes-bf16": functools.partial(classes, fp8=False),
     "classes-fp8": functools.partial(classes, fp8=True),
@@ -224,6 +236,7 @@ VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "plan-time": plan_time,
     "sglang": sglang,
     "paper": paper,
+    "evidence": evidence,
 }
 OF_KIND = {
     "grid": ("times", "classes-bf16", "classes-fp8", "losses"),

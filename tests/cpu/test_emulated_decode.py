@@ -9,7 +9,7 @@ import emulated_decode as emulated
 import pytest
 import torch
 from emulated_decode import make_problem
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
@@ -338,7 +338,7 @@ ANY_BATCH = dict(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(**ANY_BATCH, min_tiles=st.integers(0, 3))
 def test_any_batch(lengths, page_size, heads_kv, group, blocks, warps, min_tiles, seed):
     assert_right(

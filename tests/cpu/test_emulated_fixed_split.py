@@ -9,7 +9,7 @@ import emulated_decode as emulated
 import pytest
 import torch
 from emulated_decode import WHOLE_REQUEST, Problem, make_problem
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_emulated_decode import ANY_BATCH, LENGTHS, assert_right
 
@@ -283,7 +283,7 @@ def test_no_content_of_the_page_table_reads_outside_the_cache():
         emulated.run(problem)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(**ANY_BATCH, split_tiles=st.sampled_from([1, 2, 3, 10, WHOLE_REQUEST]))
 def test_any_batch(lengths, page_size, heads_kv, group, blocks, warps, split_tiles, seed):
     problem = make_problem(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from emulated_decode import CUDA_TYPES, guarded, numpy_view, storage
 from emulator import build as emulator
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_prefetch.bench import paper
@@ -231,7 +231,7 @@ def test_a_length_above_the_limit_is_cut_off():
     assert recorded(prefetches) == expected_prefetches(problem, BULK, 1)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(0, 400), min_size=1, max_size=3),
     heads=st.sampled_from([(1, 1), (3, 3), (4, 1), (6, 3)]),
