@@ -178,9 +178,20 @@ def test_bad_numbers_stay_in_the_request_that_owns_them(bad):
 @pytest.mark.parametrize("warps", [1, 2, 3, 8])
 @pytest.mark.parametrize("blocks", [1, 2, 17, 40])
 def test_every_cut_into_blocks_and_warps(blocks, warps):
-    """More blocks than 16 for one request: the merge has two levels. More warps than tiles: some have nothing."""
+    """More warps than tiles: some have nothing."""
     for lengths in ([700], [16] * 9, [1], [0, 0], [400, 3, 0, 90]):
         assert_right(make_problem(lengths, heads_q=4, heads_kv=2, blocks=blocks, warps=warps))
+
+
+@pytest.mark.parametrize("blocks", [31, 32, 33, 36, 37, 48, 70])
+@pytest.mark.parametrize("before", [0, 5])
+def test_many_blocks_on_one_request(blocks, before):
+    """Beyond 32 the merge has two levels, of about the square root of their number: full chunks and a shorter last one,
+    from the first block on or after some that have another request."""
+    lengths = [16 * before] * (before > 0) + [16 * (blocks - before)]
+    problem = make_problem(lengths, heads_q=2, heads_kv=1, blocks=blocks, warps=1, resident=3)
+    for problem.seed in range(3):
+        assert_right(problem)
 
 
 def test_the_order_of_execution_does_not_change_a_bit():

@@ -56,6 +56,16 @@ def test_never_over_budget(policy, launch, pdl):
     assert plan.run_ahead >= 0 and plan.prologue >= 0
 
 
+@given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 40))
+def test_run_ahead_has_what_the_prologue_leaves_of_the_budget(affordable, prologue, run_ahead):
+    much = H100._replace(kv_bytes=1 << 33)
+    budget = affordable * much.blocks * much.warps * much.tile_bytes
+    policy = PrefetchPolicy(run_ahead, prologue, l2_budget=budget)
+    plan = resolve(policy, much._replace(l2_bytes=2 * budget), pdl=True)
+    assert plan.prologue == min(prologue, affordable)
+    assert plan.run_ahead == min(run_ahead, affordable - plan.prologue)
+
+
 def test_no_prologue_where_the_kernel_waits_before_it_looks():
     many = H100._replace(batch_size=257)
     plan = resolve(PrefetchPolicy(prologue=2), many, pdl=True)
