@@ -9,18 +9,20 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
 from . import __version__, evidence
 
-console = Console()
+# Square brackets in a path, a reason or a compiler's words are no markup.
+console = Console(markup=False, emoji=False)
 
 BENCH_KINDS = ("grid", "prefetch", "layer", "window", "map", "plan_time")
 DRAWN_KINDS = ("grid", "map", "sglang")
@@ -66,6 +68,23 @@ def require_gpu() -> None:
         raise click.ClickException("this needs a CUDA GPU, and PyTorch sees none")
 
 
+@contextlib.contextmanager
+def one_line(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the command with what these errors say, instead of a traceback."""
+    try:
+        yield
+    except kinds as error:
+        raise click.ClickException(str(error)) from error
+
+
+def refuse(names: Collection[str], why: str) -> None:
+    """A usage error for the first of these options that was given: it would change nothing."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option.opts[0]}: {why}")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="fi-prefetch")
 def main() -> None:
@@ -93,11 +112,13 @@ def info(as_json: bool) -> None:
     facts_used = found or named_gpu("h200")
     choices = []
     for shape in small_grid():
-        explained = explain(shape, facts_used, PrefetchPolicy.of(None), "nothing")
+        with one_line(ValueError):  # the environment's policy, or a file of tuned grids
+            explained = explain(shape, facts_used, PrefetchPolicy.of(None), "nothing")
         levers = "" if explained.levers is None else explained.levers.reason
         choice = explained.choice
         choices.append({"shape": shape.label, "kernel": choice.kernel, "reason": choice.reason, "levers": levers})
-    compiled = sorted(path.stem for path in env.FLASHINFER_JIT_DIR.glob("fi_prefetch_*/*.so"))
+    current = f"fi_prefetch_batch_decode_*_{sources_hash()}*/*.so"
+    compiled = sorted(path.stem for path in env.FLASHINFER_JIT_DIR.glob(current))
     report: dict[str, Any] = {
         "gpu": None if found is None else found.__dict__,
         "driver": environment.driver_version(),
@@ -182,15 +203,19 @@ def build(arch: list[str], only: str, fixed_split: bool, jobs: int, aot: Path | 
         with within, ThreadPoolExecutor(jobs) as pool:
             specs = [jit.jit_spec(variant, architectures or None) for variant in variants]
             pending = {pool.submit(spec.build, verbose=False, need_lock=True): spec for spec in specs}
-            for done in track(as_completed(pending), description="compiling", total=len(pending), console=console):
-                spec, problem = pending[done], done.exception()
-                if problem is not None:
-                    failed.append(spec.name)
-                    console.print(f"[red]{spec.name}[/red]: {problem}")
-                elif aot is not None:
-                    aot.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(spec.get_library_path(), aot)
-    except jit.KernelUnavailableError as error:
+            try:
+                for done in track(as_completed(pending), description="compiling", total=len(pending), console=console):
+                    spec, problem = pending[done], done.exception()
+                    if problem is not None:
+                        failed.append(spec.name)
+                        console.print(f"{spec.name}: {problem}", style="red")
+                    elif aot is not None:
+                        aot.mkdir(parents=True, exist_ok=True)
+                        shutil.copy(spec.get_library_path(), aot)
+            except BaseException:  # interrupted, or there is no writing: leaving would wait for all the others
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except (jit.KernelUnavailableError, OSError) as error:
         raise click.ClickException(str(error)) from error
     console.print(f"{len(specs) - len(failed)} of {len(specs)} variants compiled in {time.monotonic() - start:.0f} s")
     if failed:
@@ -224,7 +249,11 @@ def _demo_on_gpu(baselines: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = {"baselines": list(baselines), "policy": "auto", "page_order": "shuffled"}
         job = runner.Job("grid", grid.specs(small_grid()), options)
-        _print_grid(_run_job(job, Path(folder, "demo.json"), resume=False))
+        content = _run_job(job, Path(folder, "demo.json"), resume=False)
+    _print_grid(content)
+    wrong = len(content["failed"]) + sum(row["fi_prefetch_us"] is None for row in content["rows"])
+    if wrong:
+        raise click.ClickException(f"no right answer of our kernel on {wrong} of {len(job.specs)} shapes")
 
 
 def _demo_on_cpu(compile_kernels: bool) -> None:
@@ -263,7 +292,7 @@ _SUITES = {"suite": evidence.GPU_SUITE, "random": evidence.RANDOM_CASES, "soak":
     "--only",
     multiple=True,
     type=click.Choice(CHECK_PARTS),
-    help="Run this part alone; repeatable. A record of the same tree and GPU keeps its other parts.",
+    help="Run this part alone; repeatable. A record of the same tree, GPU and versions keeps its other parts.",
 )
 @click.option("--random-cases", default=evidence.MINIMUM[evidence.RANDOM_CASES], show_default=True, help="How many.")
 @click.option("--seed", type=int, help="Draw the random cases with this seed. [default: a new one]")
@@ -294,8 +323,11 @@ def check(
     suites: dict[str, evidence.Counts] = {}
     sanitizers: dict[str, evidence.Counts] = {}
     if record and only and path.exists():
-        earlier = evidence.load(path)
-        if (earlier.hash, earlier.gpu) == (evidence.tree_hash(root), gpu):
+        with one_line(ValueError):
+            earlier = evidence.load(path)
+        # The record names one driver and one set of versions for all its parts.
+        here = (evidence.tree_hash(root), gpu, environment.driver_version(), environment.versions())
+        if (earlier.hash, earlier.gpu, earlier.driver, earlier.versions) == here:
             suites, sanitizers = dict(earlier.suites), dict(earlier.sanitizers)
     problems = []
     for part in only or CHECK_PARTS:
@@ -313,7 +345,7 @@ def check(
             # What an earlier call recorded of this part no longer stands.
             (suites if part in _SUITES else sanitizers).pop(_SUITES.get(part, part), None)
             problems.append(f"{part}: {error}")
-            console.print(f"[red]{error}[/red]")
+            console.print(str(error), style="red")
         if record:  # after every part: what ran is kept whatever comes next
             versions = environment.versions()
             found = evidence.from_run(
@@ -353,6 +385,7 @@ class TokensType(click.ParamType):
 
 
 TOKENS = TokensType()
+POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 def shape_options(command: Any) -> Any:
@@ -369,7 +402,7 @@ def shape_options(command: Any) -> Any:
             click.option("--heads", help="Query and kv heads, as 32/8."),
             click.option("--lens", help="Requests by length, as 8x1K or 1x64K+31x4K; with --heads."),
             click.option("--page", type=click.IntRange(1), default=1, show_default=True, help="Tokens a page."),
-            click.option("--head-dim", type=int, default=128, show_default=True),
+            click.option("--head-dim", type=click.IntRange(1), default=128, show_default=True),
             click.option(
                 "--kv-dtype",
                 type=click.Choice(("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")),
@@ -382,29 +415,44 @@ def shape_options(command: Any) -> Any:
     return command
 
 
+MODEL_OPTIONS = ("model", "tp", "batch", "context")
+HEADS_OPTIONS = ("heads", "lens", "head_dim")
+SHAPE_OPTIONS = ("grid", *MODEL_OPTIONS, *HEADS_OPTIONS, "page", "kv_dtype")
+
+
 def shapes_from(options: dict[str, Any]) -> tuple[list[Any], bool]:
     """The shapes that the options name, and whether they are a whole grid."""
+    shapes, whole_grid = _named_shapes(options)
+    for shape in shapes:
+        if not shape.kv_bytes:
+            raise click.ClickException(f"{shape.label} has no KV to read")
+    return shapes, whole_grid
+
+
+def _named_shapes(options: dict[str, Any]) -> tuple[list[Any], bool]:
     from .bench.shapes import GRIDS, Shape, model_grid, parse_lens, query_dtype
 
-    if options["model"] and options["heads"]:
-        raise click.UsageError("--model and --heads exclude each other")
     if options["model"]:
+        refuse(("grid", *HEADS_OPTIONS), "--model excludes it")
         model = find_model(options["model"], options["tp"])
-        shapes = model_grid(model, options["batch"], options["context"], options["page"], options["kv_dtype"])
-        return list(shapes), False
+        with one_line(ValueError):
+            shapes = model_grid(model, options["batch"], options["context"], options["page"], options["kv_dtype"])
+            return list(shapes), False
+    refuse(MODEL_OPTIONS, "it needs --model")
     if not options["heads"]:
+        refuse(HEADS_OPTIONS, "it needs --heads")
+        refuse(("page", "kv_dtype"), "it needs --model or --heads")
         return GRIDS[options["grid"]](), True
+    refuse(("grid",), "--heads excludes it")
     if not options["lens"]:
         raise click.UsageError("--heads needs --lens")
     heads_q, separator, heads_kv = options["heads"].partition("/")
     if not (separator and heads_q.isdigit() and heads_kv.isdigit()):
         raise click.BadParameter(f"expected query/kv heads as 32/8, got {options['heads']!r}", param_hint="--heads")
     dim, kv_dtype = options["head_dim"], options["kv_dtype"]
-    try:
+    with one_line(ValueError):
         lens = parse_lens(options["lens"])
         shape = Shape(int(heads_q), int(heads_kv), options["page"], lens, dim, query_dtype(kv_dtype), kv_dtype)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
     return [shape], False
 
 
@@ -414,10 +462,19 @@ def find_model(name: str, ranks: int) -> Any:
 
     if name not in MODELS:
         raise click.ClickException(f"no model {name!r}; there are {', '.join(MODELS)}")
-    try:
+    with one_line(ValueError):
         return MODELS[name].slice(ranks)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+
+
+# What of `bench` applies to some kinds alone.
+_OF_KINDS = {
+    **dict.fromkeys((*SHAPE_OPTIONS, "page_order"), ("grid", "prefetch")),
+    **dict.fromkeys(("policy", "warm"), ("grid",)),
+    "baselines": ("grid", "layer"),
+}
+_MEASURING = (
+    "baselines", "policy", "page_order", "output", "warm", "resume", "budget_seconds", "stall_seconds", "plots",
+)  # fmt: skip
 
 
 @main.command()
@@ -434,10 +491,12 @@ def find_model(name: str, ranks: int) -> Any:
     "--output", type=click.Path(path_type=Path), help="Result file. [default: benchmarks/results/<gpu>/KIND.json]"
 )
 @click.option("--warm", is_flag=True, help="Of the grid: also with the KV in L2, as far as L2 holds it.")
-@click.option("--resume", is_flag=True, help="Keep the rows that the file has, from the same GPU and commit.")
-@click.option("--budget-seconds", type=float, help="Stop in time; the file keeps what was measured.")
 @click.option(
-    "--stall-seconds", type=float, default=900.0, show_default=True, help="Give a silent kernel up after this."
+    "--resume", is_flag=True, help="Keep the rows that the file has, from the same GPU, versions, commit and options."
+)
+@click.option("--budget-seconds", type=POSITIVE, help="Stop in time; the file keeps what was measured.")
+@click.option(
+    "--stall-seconds", type=POSITIVE, default=900.0, show_default=True, help="Give a silent kernel up after this."
 )
 @click.option(
     "--plots/--no-plots", default=True, help="Draw the plots of a grid or a map beside the file (needs matplotlib)."
@@ -452,12 +511,20 @@ def bench(kind: str, **options: Any) -> None:
     (the prefetch beside an all-reduce), map (the paper's kernel over bytes in flight) or plan_time (host time of
     planning).
     """
+    from .prefetch import PrefetchPolicy
+
+    refuse([name for name, kinds in _OF_KINDS.items() if kind not in kinds], f"{kind} does not take it")
     shapes, whole_grid = shapes_from(options)
     if options["estimate"]:
         if kind != "grid":
             raise click.UsageError(f"--estimate predicts the grid; {kind} has to be measured")
+        refuse(_MEASURING, "--estimate measures nothing")
         _print_estimate(shapes, options["estimate"])
         return
+    if kind == "layer" and not set(options["baselines"]) <= set(LAYER_BASELINES):
+        raise click.UsageError(f"--baseline: layer measures {' and '.join(LAYER_BASELINES)}")
+    with one_line(ValueError):
+        PrefetchPolicy.of(options["policy"])
     require_gpu()
     from .bench.environment import require_gpu as gpu_facts
 
@@ -503,7 +570,7 @@ def _run_job(job: Any, output: Path, resume: bool) -> dict[str, Any]:
 
     from .bench import runner
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(job.kind, total=len(job.specs))
 
@@ -514,13 +581,14 @@ def _run_job(job: Any, output: Path, resume: bool) -> dict[str, Any]:
             elif event["event"] in ("row", "row_failed"):
                 bar.advance(task)
                 if event["event"] == "row_failed":
-                    console.print(f"[red]{label}: {event['reason']}[/red]")
+                    console.print(f"{label}: {event['reason']}", style="red")
                 elif not console.is_terminal:
                     console.print(label)
             elif event["event"] == "worker_lost":
-                console.print(f"[red]{label} {event['name']}: {event['reason']}; going on without it[/red]")
+                console.print(f"{label} {event['name']}: {event['reason']}; going on without it", style="red")
 
-        return runner.run(job, output, resume, progress)
+        with one_line(runner.JobError, OSError):
+            return runner.run(job, output, resume, progress)
 
 
 def _row_label(spec: dict[str, Any]) -> str:
@@ -539,6 +607,18 @@ def _print_result(content: dict[str, Any]) -> None:
         return
     for table in tables(content):
         console.print(table_of(f"{table.title} ({content['gpu']})", table.columns, table.rows, table.words))
+    _print_missing(content)
+
+
+def _print_missing(content: dict[str, Any]) -> None:
+    """Why there is a dash in a table: a line a kernel, with the first of its reasons."""
+    reasons: dict[str, list[str]] = {}
+    for row in content["rows"]:
+        for name, reason in row.get("missing", {}).items():
+            reasons.setdefault(name, []).append(reason)
+    for name, found in reasons.items():
+        others = "" if len(set(found)) == 1 else ", and other reasons"
+        console.print(f"{name}: not measured on {len(found)} of {len(content['rows'])} rows: {found[0]}{others}")
 
 
 def _print_grid(content: dict[str, Any]) -> None:
@@ -576,6 +656,7 @@ def _print_grid(content: dict[str, Any]) -> None:
             console.print(table_of(f"Speed-up over {label}", columns, rows))
     for loss in report.losses(report.speedups(content["rows"])):
         console.print(f"slower than {loss.baseline}: {loss.label} ({loss.factor:.2f})")
+    _print_missing(content)
 
 
 def _draw(content: dict[str, Any], folder: Path) -> None:
@@ -584,29 +665,36 @@ def _draw(content: dict[str, Any], folder: Path) -> None:
     try:
         for path in report.plot(content, folder):
             console.print(f"drew {path}")
-    except ImportError as error:
+    except (ImportError, OSError, ValueError) as error:
         console.print(f"no plots: {error}")
 
 
 def _print_estimate(shapes: Sequence[Any], gpu: str) -> None:
     from .bench.estimate import estimate, read_ceiling_gbs
-    from .bench.report import bytes_label
+    from .bench.explain import kernel_choice, named_gpu
+    from .bench.report import bytes_label, microseconds
 
     ceiling, nominal = read_ceiling_gbs(gpu)
     rows = []
+    unserved: dict[str, str] = {}
     for shape in shapes:
-        found = estimate(shape, gpu)
-        times = (found.floor_us, found.flashinfer_us, found.fi_prefetch_us)
-        rows.append((shape.label, bytes_label(shape.kv_bytes), *(f"{time:.1f}" for time in times)))
+        found, choice = estimate(shape, gpu), kernel_choice(shape, named_gpu(gpu))
+        ours: float | None = found.fi_prefetch_us
+        if choice.kernel != "fi_prefetch":
+            ours, unserved[shape.label] = None, f"goes to {choice.kernel}: {choice.reason}"
+        times = (found.floor_us, found.flashinfer_us, ours)
+        rows.append((shape.label, bytes_label(shape.kv_bytes), *map(microseconds, times)))
     kind = "data sheet" if nominal else "measured"
     title = f"PREDICTION for {gpu.upper()}, us a call ({kind} read ceiling {ceiling:.0f} GB/s); nothing was measured"
     console.print(table_of(title, ("shape", "KV", "floor", "FlashInfer", "fi_prefetch"), rows))
+    for label, reason in unserved.items():
+        console.print(f"{label} {reason}")
     console.print("Fitted to uniform batches on an H100: single shapes are off by up to a third, skewed ones by more.")
 
 
 @main.command()
-@click.option("--resume", is_flag=True, help="Go on where an earlier run on this GPU and commit stopped.")
-@click.option("--budget-seconds", type=float, help="Stop in time; --resume goes on.")
+@click.option("--resume", is_flag=True, help="Go on where an earlier run on this GPU, versions and commit stopped.")
+@click.option("--budget-seconds", type=POSITIVE, help="Stop in time; --resume goes on.")
 def tune(resume: bool, budget_seconds: float | None) -> None:
     """Find the grids that suit this GPU, and use them from now on."""
     require_gpu()
@@ -624,7 +712,8 @@ def tune(resume: bool, budget_seconds: float | None) -> None:
         rules = tuning.rules(content["rows"])
     except ValueError as error:
         raise click.ClickException(f"nothing could be measured: {error}") from error
-    grids.write_rules(path, rules, gpu=facts.name, version=__version__)
+    with one_line(OSError):
+        grids.write_rules(path, rules, gpu=facts.name, version=__version__)
     rows = [
         (
             "any" if rule.kv_bytes is None else f"up to {rule.kv_bytes >> 20} MB",
@@ -637,21 +726,41 @@ def tune(resume: bool, budget_seconds: float | None) -> None:
     console.print(table_of(str(path), ("KV a call", "warps", "blocks an SM", "least tiles a warp"), rows))
 
 
+def _load_result(path: Path) -> tuple[dict[str, Any], str]:
+    """A result file's content and kind, or an error that names the file."""
+    from .bench import report
+    from .bench.tables import kind_of
+
+    with one_line(ValueError, OSError):
+        content = report.load(path)
+    with _reading(path):
+        kind = kind_of(content)
+        for row in content["rows"]:
+            report.times_of(row)
+    return content, kind
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Ends the command, naming the file, where its content is not what the code in here expects."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.ClickException(f"{path}: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise click.ClickException(f"{path}: not a whole result file: {error!r}") from error
+
+
 @main.command()
 @click.argument("before", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("after", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare(before: Path, after: Path) -> None:
     """Two result files of one kind against each other, row by row, with noise bands from each run's repeats."""
     from .bench import report
-    from .bench.tables import kind_of
 
-    first, second = (json.loads(path.read_text()) for path in (before, after))
-    try:
-        kinds = kind_of(first), kind_of(second)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
-    if kinds[0] != kinds[1]:
-        raise click.ClickException(f"cannot compare a {kinds[0]} with a {kinds[1]} result")
+    (first, kind), (second, other_kind) = map(_load_result, (before, after))
+    if kind != other_kind:
+        raise click.ClickException(f"cannot compare a {kind} with a {other_kind} result")
     changes = report.compare(first, second)
     if not changes:
         raise click.ClickException("the two files have nothing measured in common")
@@ -673,16 +782,11 @@ def compare(before: Path, after: Path) -> None:
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw the plots into this folder.")
 def report(result: Path, plots: Path | None) -> None:
     """The tables of a result file, and a grid's or a map's plots."""
-    from .bench.tables import kind_of
-
-    content = json.loads(result.read_text())
-    try:
-        kind = kind_of(content)
-    except ValueError as error:
-        raise click.ClickException(f"{result}: {error}") from error
+    content, kind = _load_result(result)
     if plots is not None and kind not in DRAWN_KINDS:
         raise click.UsageError(f"--plots draws {' or '.join(DRAWN_KINDS)}, and {result} is {kind}")
-    _print_result(content)
+    with _reading(result):
+        _print_result(content)
     if plots is not None:
         _draw(content, plots)
 
@@ -697,7 +801,10 @@ def profile(policy: str, **options: Any) -> None:
     """Hardware counters of a call, with prefetch off and on, read by Nsight Compute (ncu)."""
     from .bench.profile import ProfileError, profiler_path, side_by_side
     from .bench.profile import profile as profile_call
+    from .prefetch import PrefetchPolicy
 
+    with one_line(ValueError):
+        PrefetchPolicy.of(policy)
     shapes, whole_grid = shapes_from(options)
     if whole_grid:
         raise click.UsageError("name one shape, with --heads and --lens, or --model, --batch and --context")
@@ -736,17 +843,18 @@ def explain(
     from .bench.shapes import parse_lens, parse_tokens
     from .prefetch import PrefetchPolicy
 
-    try:
+    if "x" in context:
+        refuse(("batch",), "--context says how many requests there are")
+    with one_line(ValueError):
         lens = parse_lens(context) if "x" in context else ((parse_tokens(context), batch),)
         chosen_policy = PrefetchPolicy.of(policy)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
     shape = find_model(model, tp).shape(lens, page)
-    if gpu is None and has_gpu():
-        found, where = explanations.explain_here(shape, chosen_policy, ready), "the GPU here"
-    else:
-        facts = explanations.named_gpu(gpu or "h200")
-        found, where = explanations.explain(shape, facts, chosen_policy, ready), facts.name
+    with one_line(ValueError):  # a file of tuned grids
+        if gpu is None and has_gpu():
+            found, where = explanations.explain_here(shape, chosen_policy, ready), "the GPU here"
+        else:
+            facts = explanations.named_gpu(gpu or "h200")
+            found, where = explanations.explain(shape, facts, chosen_policy, ready), facts.name
     console.print(f"{shape.label} on {where}: {bytes_label(shape.kv_bytes)} of KV a call")
     console.print(f"kernel: {found.choice.kernel} ({found.choice.reason})")
     if found.levers is None:

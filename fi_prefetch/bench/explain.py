@@ -14,6 +14,7 @@ from fi_prefetch.prefetch import LaunchFacts, PrefetchPlan, PrefetchPolicy, reso
 from fi_prefetch.schedule import Schedule
 from fi_prefetch.tune import grid_for, rules_for
 
+from .environment import require_gpu
 from .estimate import GPUS
 from .shapes import Shape
 
@@ -64,13 +65,17 @@ def explain_here(shape: Shape, policy: PrefetchPolicy, ready: str) -> Explanatio
         kv_data_type=getattr(torch, shape.kv_dtype),
     )
     levers = wrapper.prefetch_plan
-    blocks, warps = (levers.facts.blocks, levers.facts.warps) if levers is not None else (1, 1)
-    schedule = Schedule(shape.lengths, shape.heads_kv, blocks=blocks, warps=warps)
+    if levers is None:
+        return Explanation(wrapper.kernel_choice, Schedule(shape.lengths, shape.heads_kv, 1, 1), None, assumed=False)
+    launch = levers.facts
+    # The least work of a warp goes to the kernel with the grid, from the same table, and is not among the facts.
+    grid = grid_for(rules_for(require_gpu().key), launch.kv_bytes)
+    schedule = Schedule(shape.lengths, shape.heads_kv, launch.blocks, launch.warps, grid.min_tiles_per_warp)
     return Explanation(wrapper.kernel_choice, schedule, levers, assumed=False)
 
 
-def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -> Explanation:
-    """The choices for `shape` on a GPU with these facts, from the arithmetic alone: nothing is compiled or launched."""
+def kernel_choice(shape: Shape, facts: GpuFacts) -> KernelChoice:
+    """Which kernel would serve `shape` on a GPU with these facts, and why."""
     spec = DecodeSpec(
         dtype_q=getattr(torch, shape.q_dtype),
         dtype_kv=getattr(torch, shape.kv_dtype),
@@ -81,7 +86,12 @@ def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -
         head_dim=shape.head_dim,
         page_size=shape.page_size,
     )
-    choice = dispatch.choose(spec, facts)
+    return dispatch.choose(spec, facts)
+
+
+def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -> Explanation:
+    """The choices for `shape` on a GPU with these facts, from the arithmetic alone: nothing is compiled or launched."""
+    choice = kernel_choice(shape, facts)
     grid = grid_for(rules_for(facts.key), shape.kv_bytes)
     blocks, warps = facts.sm_count * grid.blocks_per_sm, grid.warps
     schedule = Schedule(shape.lengths, shape.heads_kv, blocks, warps, grid.min_tiles_per_warp)

@@ -15,6 +15,8 @@ from .shapes import Shape, lens_label, tokens_label
 Row = dict[str, Any]
 FLASHINFER_PREFIX = "flashinfer"
 NOISE = 0.02
+# What tells a row of `fi-prefetch tune` from others, and from its neighbours: the fields of tune.Grid.
+GRID_COLUMNS = ("warps", "blocks_per_sm", "min_tiles_per_warp")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,18 @@ class Summary:
     geometric_mean: float
     minimum: float
     slowest: str
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result file's content; ValueError, with the file's name, where it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{path}: not a result file of `fi-prefetch bench`: {error}") from error
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: not a result file of `fi-prefetch bench`: it has no rows")
+    return content
 
 
 def best_baseline(row: Row, only_flashinfer: bool) -> tuple[str, float] | None:
@@ -114,31 +128,54 @@ class Change:
 
 def row_label(row: Row) -> str:
     """What a row of any kind of file was measured on."""
+    if "ms_per_step" in row:
+        return f"{row['model']} TP-{row['tp']} {lens_label(step_lens(row))} KV {row['kv_dtype']}"
     shape = Shape.from_row(row)
     parts = [row.get("model", ""), shape.label, "" if shape.q_dtype == "bfloat16" else f"q {shape.q_dtype}"]
     parts += [
         f"{name} {row[name]}"
-        for name in ("tensor_parallel", "window_us", "part", "sms", "most_resident")
+        for name in ("tensor_parallel", "window_us", "part", "sms", "most_resident", *GRID_COLUMNS)
         if name in row
     ]
     return " ".join(part for part in parts if part)
 
 
+def step_lens(row: Row) -> list[list[int]]:
+    """The `kv_lens` of a row of SGLang's steps."""
+    context = row["context"]
+    return context if isinstance(context, list) else [[context, row["batch"]]]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a time in a row is of a kernel in this repository, rather than of what it is held against."""
+    return not name.startswith(FLASHINFER_PREFIX) and name != "fa3"
+
+
 def times_of(row: Row) -> dict[str, tuple[float, float]]:
     """What a row of any kind of file says that we took: by label, microseconds and how far repeats lie apart."""
     spread, label = row.get("spread", {}), row_label(row)
+    found: dict[str, tuple[float | None, float]]
     if "baselines_us" in row:
         found = {label: (row["fi_prefetch_us"], spread.get("fi_prefetch", 0.0))}
+    elif "ms_per_step" in row:
+        step = row["ms_per_step"].get("fi_prefetch")
+        found = {label: (None if step is None else step * 1e3, 0.0)}
+    elif GRID_COLUMNS[0] in row:
+        found = {label: (row["us"], row.get("spread", 0.0))}
     elif "attention_us" in row:
         # The repeats are of a whole layer; what attention costs is a difference, so its band is wider.
         found = {
             f"{label}: {name}": (time, spread.get(name, 0.0) * row["us"][name] / time if time else 0.0)
             for name, time in row["attention_us"].items()
+            if is_ours(name)
         }
     elif "us" in row:
-        found = {f"{label}: {name}": (time, spread.get(name, 0.0)) for name, time in row["us"].items()}
+        found = {f"{label}: {name}": (time, spread.get(name, 0.0)) for name, time in row["us"].items() if is_ours(name)}
     else:
-        found = {f"{label}: {name}": (row.get(name), 0.0) for name in ("off_us", "on_us", "warm_us")}
+        # What repeats of one row differ by is in the row: "off" was measured once more after the others.
+        off, again = row["off_us"], row.get("off_again_us")
+        apart = abs((off - again) / off) if off and again is not None else 0.0
+        found = {f"{label}: {name}": (row.get(name), apart) for name in ("off_us", "on_us", "warm_us")}
     return {name: (time, band) for name, (time, band) in found.items() if time is not None and time > 0}
 
 
@@ -163,7 +200,7 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     SGLang's decode steps.
 
     Returns the PNG files written to `folder`; none for other kinds of files. Raises ImportError, saying what to
-    install, where matplotlib is not there.
+    install, where matplotlib is not there, and ValueError where there is nothing to draw.
     """
     try:
         import matplotlib
@@ -199,8 +236,10 @@ def _plot_steps(result: dict[str, Any], path: Path) -> Path:
     cases = [
         (" ".join(line[:3]), row["ms_per_step"])
         for line, row in zip(sglang(result).rows, result["rows"], strict=True)
-        if len(row["ms_per_step"]) > 1
+        if len(row["ms_per_step"]) > 1 and "fi_prefetch" in row["ms_per_step"]
     ]
+    if not cases:
+        raise ValueError("there is no other backend's step to draw ours against")
     names = sorted({name for _, steps in cases for name in steps} - {"fi_prefetch"})
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.5 * len(cases)))
     for i, name in enumerate(names):
@@ -329,6 +368,8 @@ def microseconds(time: float | None) -> str:
 
 def bytes_label(count: int) -> str:
     """For example `32 MB` for 2^25."""
-    if count >= 1 << 30:
-        return f"{count / (1 << 30):.3g} GB"
-    return f"{count / (1 << 20):.3g} MB" if count >= 1 << 20 else f"{count / 1024:.3g} KB"
+    unit, size = next(
+        ((unit, 1 << bits) for unit, bits in (("GB", 30), ("MB", 20)) if count >= 1 << bits), ("KB", 1 << 10)
+    )
+    # Three digits; of 1000 to 1023 of a unit there are four, which `.3g` would write as a power.
+    return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:.0f} {unit}"

@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import report
 from .worker import EVENTS_FD_VARIABLE
 
 WORKER = (sys.executable, "-m", "fi_prefetch.bench.worker")
 # Longer than any compilation: a kernel that says nothing for so long hangs.
 STALL_SECONDS = 900.0
+CEILING = "read_ceiling_gbs"
 
 
 @dataclass
@@ -40,10 +42,15 @@ class Job:
 Progress = Callable[[dict[str, Any]], None]
 
 
+class JobError(RuntimeError):
+    """A job cannot be run: its process does not start to measure, or there is nothing to go on with."""
+
+
 class ResultFile:
     """A result file that is always whole: every write replaces it.
 
-    Rows of an earlier run of the same job on the same GPU and commit are kept with `resume`.
+    With `resume` the rows of an earlier run are kept where all that its header says is the same, and the options are.
+    Raises JobError where there is a file to go on with and it is no result file.
     """
 
     def __init__(self, path: Path, job: Job, resume: bool) -> None:
@@ -53,7 +60,10 @@ class ResultFile:
         self.rows: dict[int, dict[str, Any]] = {}
         self.failed: dict[int, str] = {}
         self.complete = False
-        self._earlier = json.loads(path.read_text()) if resume and path.exists() else None
+        try:
+            self._earlier = report.load(path) if resume and path.exists() else None
+        except ValueError as error:
+            raise JobError(str(error)) from error
 
     def set_header(self, header: dict[str, Any]) -> None:
         """The GPU, versions and ceiling; the first header counts. Takes over the rows of an earlier run that match."""
@@ -61,7 +71,10 @@ class ResultFile:
             return
         self.header = header
         earlier = self._earlier
-        if earlier is None or any(earlier.get(name) != header.get(name) for name in ("gpu", "driver", "commit")):
+        if earlier is None or earlier.get("options") != self._job.options:
+            return
+        # The ceiling alone is measured anew each time; the earlier one stays, as the floors of its rows are of it.
+        if any(name not in earlier or earlier[name] != header[name] for name in header if name != CEILING):
             return
         self.header = {name: earlier[name] for name in header}
         numbers = {spec_key(spec): number for number, spec in enumerate(self._job.specs)}
@@ -75,15 +88,19 @@ class ResultFile:
         """Rows that need no measuring any more."""
         return sorted({*self.rows, *self.failed})
 
-    def write(self) -> dict[str, Any]:
-        """Writes the file and returns its content."""
-        content = {
+    def content(self) -> dict[str, Any]:
+        """What the file holds when it is written next."""
+        return {
             **self.header,
             "options": self._job.options,
             "complete": self.complete,
             "rows": [self.rows[number] for number in sorted(self.rows)],
             "failed": [{**self._job.specs[number], "reason": self.failed[number]} for number in sorted(self.failed)],
         }
+
+    def write(self) -> dict[str, Any]:
+        """Writes the file and returns its content."""
+        content = self.content()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -102,8 +119,10 @@ def run(job: Job, output: Path, resume: bool = False, progress: Progress = lambd
     Args:
         job: what to measure.
         output: the result file; the workers' output goes to a .log beside it.
-        resume: keep the rows that the file already has, where GPU, driver and commit are the same.
+        resume: keep the rows that the file already has, where GPU, versions, commit and options are the same.
         progress: called with every event of the workers, and with {"event": "worker_lost", ...}.
+
+    Raises JobError where no process gets to a row, or the file to resume is no result file.
     """
     result = ResultFile(output, job, resume)
     skip: list[tuple[int, str, str]] = []
@@ -112,16 +131,16 @@ def run(job: Job, output: Path, resume: bool = False, progress: Progress = lambd
         ended = _run_worker(job, result, skip, deadline, progress)
         if ended.finished or ended.out_of_time:
             result.complete = ended.finished
-            break
+            # Before a header has come nothing is known to be measured, and what the file holds must stay.
+            return result.write() if result.header else result.content()
         progress({"event": "worker_lost", "row": ended.row, "name": ended.kernel, "reason": ended.reason})
         if ended.row is None:
-            raise RuntimeError(f"the measuring process ended before its first row: {ended.reason}; see {_log(output)}")
+            raise JobError(f"the measuring process ended before its first row: {ended.reason}; see {_log(output)}")
         if ended.kernel and (ended.row, ended.kernel) not in {(row, name) for row, name, _ in skip}:
             skip.append((ended.row, ended.kernel, ended.reason))
         else:
             result.failed[ended.row] = ended.reason
         result.write()
-    return result.write()
 
 
 @dataclass
@@ -164,9 +183,13 @@ def _run_worker(
             except BrokenPipeError:
                 pass  # it has ended; its exit code says how
 
-        ceiling = result.header.get("read_ceiling_gbs")
-        tell({"kind": job.kind, "specs": job.specs, "options": job.options, "skip": skip, "read_ceiling_gbs": ceiling})
-        end = _follow(job, result, events, deadline, progress, tell)
+        ceiling = result.header.get(CEILING)
+        tell({"kind": job.kind, "specs": job.specs, "options": job.options, "skip": skip, CEILING: ceiling})
+        try:
+            end = _follow(job, result, events, deadline, progress, tell)
+        except BaseException:  # interrupted, or the file cannot be written: leaving would wait for the whole job
+            process.kill()
+            raise
         if end.out_of_time or end.reason:  # it stalls, or its device is dead: it may never end by itself
             process.kill()
         code = process.wait()
@@ -178,7 +201,8 @@ def _run_worker(
 def _read_events(descriptor: int, events: queue.Queue[dict[str, Any] | None]) -> None:
     with os.fdopen(descriptor) as lines:
         for line in lines:
-            events.put(json.loads(line))
+            if line.endswith("\n"):  # else the worker was killed while it wrote it
+                events.put(json.loads(line))
     events.put(None)
 
 
@@ -208,7 +232,7 @@ def _follow(
         kind = event["event"]
         if kind == "header":
             result.set_header(event["header"])
-            tell(result.done)
+            tell({"done": result.done, CEILING: result.header[CEILING]})
         elif kind == "row_started":
             end.row, end.kernel = event["row"], ""
         elif kind == "kernel_started":

@@ -48,7 +48,7 @@ class Table:
 
 
 def kind_of(result: dict[str, Any]) -> str:
-    """Which kind of `fi-prefetch bench` a file is of, or "sglang"; ValueError where it is none.
+    """Which kind of `fi-prefetch bench` a file is of, "tuning" or "sglang"; ValueError where it is none.
 
     Files do not say it; the columns of their rows do.
     """
@@ -60,6 +60,7 @@ def kind_of(result: dict[str, Any]) -> str:
         ("map", "part"),
         ("prefetch", "levers"),
         ("sglang", "ms_per_step"),
+        ("tuning", report.GRID_COLUMNS[0]),
         ("plan_time", "us"),
     ):
         if column in rows[0]:
@@ -97,11 +98,13 @@ def classes(result: dict[str, Any], fp8: bool) -> Table:
         cells = []
         for only_flashinfer in (True, False)[: 1 + with_others]:
             found = report.speedups(members, only_flashinfer)
+            shapes = len(found)
             if found:
                 summary = report.summarise(size, found)
                 cells += [f"{summary.geometric_mean:.2f}", f"{summary.minimum:.2f}"]
-                shapes = summary.rows
-        if cells:
+            else:
+                cells += ["-", "-"]
+        if shapes:
             lines.append((size, str(shapes), *cells))
     title = "Speed-up over the best baseline at each shape: geometric mean, and the least"
     columns = [f"{'fp8 ' if fp8 else ''}KV a call", "shapes", "against the best of FlashInfer", "at least"]
@@ -156,10 +159,15 @@ def layer(result: dict[str, Any]) -> Table:
 def levers(result: dict[str, Any]) -> Table:
     """Each lever alone."""
     lines = [
-        (heads(row), batch(row), *(microseconds(row["us"].get(column)) for column in LEVER_COLUMNS))
+        (
+            heads(row),
+            str(row["page_size"]),
+            batch(row),
+            *(microseconds(row["us"].get(column)) for column in LEVER_COLUMNS),
+        )
         for row in result["rows"]
     ]
-    return Table("Each lever alone, us a call", ("heads", "batch", *LEVER_COLUMNS.values()), lines, words=2)
+    return Table("Each lever alone, us a call", ("heads", "page", "batch", *LEVER_COLUMNS.values()), lines, words=3)
 
 
 def window(result: dict[str, Any]) -> Table:
@@ -188,20 +196,35 @@ def plan_time(result: dict[str, Any]) -> Table:
     return Table("Host time of plan(), us", ("heads", "page", "batch", *names), lines, words=3)
 
 
+def tuning(result: dict[str, Any]) -> Table:
+    """Every grid that `fi-prefetch tune` measured."""
+    lines = [
+        (
+            heads(row),
+            batch(row),
+            bytes_label(row["kv_bytes"]),
+            *(str(row[column]) for column in report.GRID_COLUMNS),
+            microseconds(row["us"]),
+        )
+        for row in result["rows"]
+    ]
+    columns = ("heads", "batch", "KV", "warps", "blocks an SM", "least tiles a warp", "us a call")
+    return Table("Grids", columns, lines, words=3)
+
+
 def sglang(result: dict[str, Any]) -> Table:
     """A decode step of SGLang's engine, by attention backend."""
     names = list(dict.fromkeys(name for row in result["rows"] for name in row["ms_per_step"]))
     lines = []
     for row in result["rows"]:
-        steps, share = row["ms_per_step"], row["attention_share"]
-        context = row["context"]
-        lens = context if isinstance(context, list) else [[context, row["batch"]]]
+        steps = row["ms_per_step"]
+        share = "-" if row["attention_share"] is None else f"{row['attention_share']:.0%}"
         others = [time for name, time in steps.items() if name != "fi_prefetch"]
         factor = f"{min(others) / steps['fi_prefetch']:.3f}" if others and "fi_prefetch" in steps else "-"
         cache = "fp8" if row["kv_dtype"].startswith("fp8") else "bf16"
         model = row["model"] + ("" if row["tp"] == 1 else f" TP-{row['tp']}")
         times = (f"{steps[name]:.2f}" if name in steps else "-" for name in names)
-        lines.append((model, cache, batch({"kv_lens": lens}), *times, factor, "-" if share is None else f"{share:.0%}"))
+        lines.append((model, cache, batch({"kv_lens": report.step_lens(row)}), *times, factor, share))
     columns = ("model", "KV", "batch", *names, "speed-up", "attention's share")
     return Table("A decode step in SGLang, ms", columns, lines, words=3)
 
@@ -234,6 +257,7 @@ VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "levers": levers,
     "window": window,
     "plan-time": plan_time,
+    "tuning": tuning,
     "sglang": sglang,
     "paper": paper,
     "evidence": evidence,
@@ -244,6 +268,7 @@ OF_KIND = {
     "prefetch": ("levers",),
     "window": ("window",),
     "plan_time": ("plan-time",),
+    "tuning": ("tuning",),
     "sglang": ("sglang",),
     "map": ("paper",),
 }

@@ -13,6 +13,7 @@ from fi_prefetch.tune import CANDIDATES, Grid, Rule
 from .baselines import Unsupported, prepare_ours
 from .grid import verified_timing
 from .inputs import DecodeInputs
+from .report import GRID_COLUMNS
 from .shapes import Shape, parse_lens
 from .worker import Context
 
@@ -26,7 +27,6 @@ SIZES: dict[int, tuple[tuple[int, int, str], ...]] = {
     512: ((8, 1, "64x16K"), (32, 8, "64x2K")),
     2048: ((32, 8, "128x4K"), (32, 32, "32x4K")),
 }
-_GRID_COLUMNS = ("warps", "blocks_per_sm", "min_tiles_per_warp")
 
 
 def specs() -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
 
 def grid_of(row: dict[str, Any]) -> Grid:
     """The grid that a row is of."""
-    return Grid(*(row[name] for name in _GRID_COLUMNS))
+    return Grid(*(row[name] for name in GRID_COLUMNS))
 
 
 def rules(rows: Iterable[dict[str, Any]]) -> tuple[Rule, ...]:

@@ -19,6 +19,8 @@ from typing import Any, TextIO, TypeVar
 
 import torch
 
+from fi_prefetch.jit import sources_hash
+
 from . import environment
 from .ceiling import read_ceiling_gbs
 from .inputs import KvPool, pool_bytes
@@ -52,7 +54,7 @@ class Context:
 
     Attributes:
         facts: of the GPU.
-        read_ceiling_gbs: measured in this process, or by the one that was replaced by it.
+        read_ceiling_gbs: that of the file's header: measured in this process, or by one that was before it.
         options: the job's.
     """
 
@@ -66,8 +68,9 @@ class Context:
         self.facts = environment.require_gpu()
         self.emit("stage", name="reading the ceiling")
         self.read_ceiling_gbs: float = job["read_ceiling_gbs"] or read_ceiling_gbs(self.facts.sm_count)
-        header = {**environment.header(), "read_ceiling_gbs": round(self.read_ceiling_gbs, 1)}
-        self.emit("header", header=header)
+        # The sources' hash tells kernels apart where no commit does: in an installed package, or beside changes.
+        about: dict[str, Any] = {**environment.header(), "sources": sources_hash()}
+        self.emit("header", header={**about, "read_ceiling_gbs": round(self.read_ceiling_gbs, 1)})
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Tells the runner."""
@@ -131,7 +134,8 @@ def check_error(error: float) -> float:
 def main() -> None:
     """Reads a job from standard input and measures it; events go to the file descriptor that the environment names.
 
-    The job is one line. A second one, after the header has gone out, says which rows need no measuring.
+    The job is one line. A second one, after the header has gone out, says which rows need no measuring, and which read
+    ceiling the file's floors are of: an earlier run's, where one goes on.
     """
     job = json.loads(sys.stdin.readline())
     descriptor = int(os.environ[EVENTS_FD_VARIABLE])
@@ -139,7 +143,8 @@ def main() -> None:
     with os.fdopen(descriptor, "w") as events:
         context = Context(job, events)
         measure = importlib.import_module(KINDS[job["kind"]]).measure
-        done = set(json.loads(sys.stdin.readline()))
+        answer = json.loads(sys.stdin.readline())
+        done, context.read_ceiling_gbs = set(answer["done"]), answer["read_ceiling_gbs"]
         for number, spec in enumerate(job["specs"]):
             if number in done:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fi_prefetch.bench.shapes import (
 from fi_prefetch.bench.timing import calls_per_replay, copies_needed, summarise
 from fi_prefetch.prefetch import PROLOGUE_TILES, PrefetchPolicy
 from fi_prefetch.schedule import Schedule
-from fi_prefetch.tune import CANDIDATES
+from fi_prefetch.tune import CANDIDATES, Grid, Rule
 
 MiB = 1 << 20
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -228,7 +229,8 @@ def emit(**event):
     print(json.dumps(event), file=events, flush=True)
 header = job["options"]["header"]
 emit(event="header", header={**header, "read_ceiling_gbs": job["read_ceiling_gbs"] or header["read_ceiling_gbs"]})
-done = json.loads(sys.stdin.readline())
+answer = json.loads(sys.stdin.readline())
+done, ceiling = answer["done"], answer["read_ceiling_gbs"]
 skip = {(row, name): reason for row, name, reason in job["skip"]}
 for number, spec in enumerate(job["specs"]):
     if number in done:
@@ -252,7 +254,11 @@ for number, spec in enumerate(job["specs"]):
         os.abort()
     if job["options"].get("slow"):
         time.sleep(0.5)
-    emit(event="row", row=number, content={**spec, "us": us, "missing": missing, "process": os.getpid()})
+    content = {**spec, "us": us, "missing": missing, "process": os.getpid(), "ceiling": ceiling}
+    emit(event="row", row=number, content=content)
+    if job["options"].get("cut short"):
+        os.write(events.fileno(), b'{"event": "ro')
+        os.abort()
 emit(event="finished")
 """
 
@@ -308,20 +314,112 @@ def test_a_run_that_is_out_of_time_keeps_its_rows_and_can_be_resumed(tmp_path: P
     content = runner.run(job, output)
     assert not content["complete"]
     assert 0 < len(content["rows"]) < 40
-    job = job_of(tmp_path, rows=40)
+    job.budget_seconds = None
     resumed = runner.run(job, output, resume=True)
     assert resumed["complete"] and [row["x"] for row in resumed["rows"]] == list(range(40))
     assert resumed["rows"][: len(content["rows"])] == content["rows"]
-    again = runner.run(job, output, resume=False)
+    again = runner.run(job_of(tmp_path, rows=2), output, resume=False)
     assert again["rows"][0]["process"] != content["rows"][0]["process"]
 
 
-def test_rows_of_another_commit_are_not_kept(tmp_path: Path) -> None:
+def edited(path: Path, **fields: Any) -> None:
+    """Changes what a result file says of itself."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("other", ["gpu", "driver", "torch", "flashinfer", "commit", "options"])
+def test_rows_that_were_measured_otherwise_are_not_kept(tmp_path: Path, other: str) -> None:
     output = tmp_path / "grid.json"
     first = runner.run(job_of(tmp_path), output)
-    second = runner.run(job_of(tmp_path, header={**HEADER, "commit": "d"}), output, resume=True)
-    assert second["commit"] == "d"
+    edited(output, **{other: "another"})
+    second = runner.run(job_of(tmp_path), output, resume=True)
+    assert second[other] == first[other]
     assert first["rows"][0]["process"] != second["rows"][0]["process"]
+
+
+def test_rows_that_are_added_have_floors_of_the_files_ceiling(tmp_path: Path) -> None:
+    output = tmp_path / "grid.json"
+    first = runner.run(job_of(tmp_path), output)
+    edited(output, read_ceiling_gbs=4400.0, rows=first["rows"][:1])
+    second = runner.run(job_of(tmp_path), output, resume=True)
+    assert second["read_ceiling_gbs"] == 4400.0 and second["rows"][0] == first["rows"][0]
+    assert [row["ceiling"] for row in second["rows"][1:]] == [4400.0, 4400.0]
+
+
+def test_time_that_is_up_before_anything_is_known_leaves_the_file_alone(tmp_path: Path) -> None:
+    output = tmp_path / "grid.json"
+    runner.run(job_of(tmp_path), output)
+    before = output.read_text()
+    job = job_of(tmp_path)
+    job.worker, job.budget_seconds = (sys.executable, "-c", "import time; time.sleep(60)"), 0.5
+    content = runner.run(job, output, resume=True)
+    assert not content["complete"] and output.read_text() == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"rows": 1}', "\x00"])
+def test_what_is_no_result_file_cannot_be_gone_on_with(tmp_path: Path, text: str) -> None:
+    output = tmp_path / "grid.json"
+    output.write_text(text)
+    with pytest.raises(runner.JobError, match="grid.json: not a result file"):
+        runner.run(job_of(tmp_path), output, resume=True)
+    assert output.read_text() == text
+
+
+def test_a_worker_does_not_outlive_a_run_that_is_interrupted(tmp_path: Path) -> None:
+    job = job_of(tmp_path, kernels={"a": "hang"})
+    events: list[dict[str, Any]] = []
+
+    def progress(event: dict[str, Any]) -> None:
+        events.append(event)
+        if event.get("row") == 1:
+            raise OSError("no space left on device")
+
+    start = time.monotonic()
+    with pytest.raises(OSError, match="no space"):
+        runner.run(job, tmp_path / "grid.json", progress=progress)
+    assert time.monotonic() - start < 30.0, "the worker sleeps for longer"
+
+
+REAL_WORKER = """
+import sys, types
+import torch
+from fi_prefetch.bench import environment, worker
+
+torch.cuda.synchronize = lambda: None
+environment.require_gpu = lambda: types.SimpleNamespace(name="a GPU", sm_count=1)
+environment.driver_version = lambda: "580"
+worker.read_ceiling_gbs = lambda sm_count: float(sys.argv[1])
+measuring = sys.modules["measuring"] = types.ModuleType("measuring")
+measuring.measure = lambda spec, context: {**spec, "floor_us": context.floor_us(2_000_000)}
+worker.KINDS["grid"] = "measuring"
+worker.main()
+"""
+
+
+def test_runner_and_worker_agree_on_rows_and_ceiling(tmp_path: Path) -> None:
+    """The real worker, on a GPU that is made up: an earlier run's ceiling holds for the rows that are added to it."""
+    path = tmp_path / "grid.json"
+
+    def measured(rows: int, ceiling: str, resume: bool) -> dict[str, Any]:
+        job = job_of(tmp_path, rows=rows)
+        job.worker = (sys.executable, "-c", REAL_WORKER, ceiling)
+        return runner.run(job, path, resume)
+
+    first = measured(1, "2000", resume=False)
+    assert first["complete"] and first["sources"] and first["gpu"] == "a GPU"
+    assert first["rows"] == [{"x": 0, "floor_us": 1.0}]
+    second = measured(3, "4000", resume=True)
+    assert second["read_ceiling_gbs"] == 2000.0
+    assert [row["floor_us"] for row in second["rows"]] == [1.0, 1.0, 1.0]
+    assert [row["floor_us"] for row in measured(3, "4000", resume=False)["rows"]] == [0.5, 0.5, 0.5]
+
+
+def test_an_event_that_was_cut_short_is_the_end_of_its_worker(tmp_path: Path) -> None:
+    job = job_of(tmp_path, **{"cut short": True})
+    start = time.monotonic()
+    content = runner.run(job, tmp_path / "grid.json")
+    assert [row["x"] for row in content["rows"]] == [0, 1, 2]
+    assert time.monotonic() - start < job.stall_seconds
 
 
 def test_a_worker_that_cannot_start_says_where_to_look(tmp_path: Path) -> None:
@@ -422,6 +520,36 @@ def test_runs_of_other_kinds_are_compared_too() -> None:
     windows = [{**SMALL.to_row(), "window_us": us, "off_us": 5.0 + us, "on_us": None, "warm_us": 4.0} for us in (0, 4)]
     changes = report.compare({"rows": windows}, {"rows": windows[::-1]})
     assert [c.before_us for c in changes] == [5.0, 4.0, 9.0, 4.0] and {c.factor for c in changes} == {1.0}
+    again = {**windows[0], "off_again_us": 5.5}
+    assert [c.band for c in report.compare({"rows": [again]}, {"rows": windows})] == pytest.approx([0.1, 0.1])
+
+
+def test_only_our_own_times_are_compared() -> None:
+    others = {"flashinfer_fa2": 9.0, "fa3": 8.0}
+    plan = {**SMALL.to_row(), "us": {"fi_prefetch": 10.0, **others}}
+    part = {**SMALL.to_row(), "model": "m", "attention_us": {"auto": 10.0, **others}, "us": {"auto": 50.0, **others}}
+    steps = {"model": "m", "tp": 1, "batch": 8, "context": 2048, "kv_dtype": "auto"}
+    steps["ms_per_step"] = {"fi_prefetch": 6.5, **others}
+    alone = {**steps, "ms_per_step": others}
+    assert report.times_of(plan) == {f"{SMALL.label}: fi_prefetch": (10.0, 0.0)}
+    assert list(report.times_of(part)) == [f"m {SMALL.label}: auto"]
+    assert report.times_of(steps) == {"m TP-1 8x2K KV auto": (6500.0, 0.0)}, "in microseconds, as every other kind"
+    assert report.times_of(alone) == {}
+
+
+def test_tuned_grids_are_a_kind_of_their_own() -> None:
+    rows = [{**spec, "us": 5.0, "spread": 0.03} for spec in tuning.specs()[:3]]
+    assert tables.kind_of({"rows": rows}) == "tuning"
+    [table] = tables.tables({"rows": rows})
+    assert [line[3:] for line in table.rows] == [("8", "1", tiles, "5.0") for tiles in ("0", "1", "4")]
+    changes = report.compare({"rows": rows}, {"rows": rows})
+    assert len(changes) == 3 and {change.band for change in changes} == {0.03}
+
+
+def test_bytes_are_written_with_three_digits_or_four() -> None:
+    counts = (2048, 32 * MiB, 1000 * MiB, 1023 * MiB + MiB // 2, 1024 * MiB, 2000 << 30)
+    labels = ["2 KB", "32 MB", "1000 MB", "1024 MB", "1 GB", "2000 GB"]
+    assert [report.bytes_label(count) for count in counts] == labels
 
 
 def test_every_committed_result_gives_its_tables() -> None:
@@ -448,6 +576,8 @@ def test_classes_and_losses_are_in_words_what_the_rows_say() -> None:
         ("above 1 GB", "1", "1.01", "1.01", "1.01", "1.01"),
     ]
     assert tables.classes(result, fp8=True).rows == [("skewed", "1", "2.00", "2.00")]
+    alone = tables.classes({"rows": [row_of(SMALL, 5.0, fa3=4.0)]}, fp8=False)
+    assert alone.rows == [("up to 64 MB", "1", "-", "-", "0.80", "0.80")], "not under FlashInfer's name"
     assert tables.losses(result).rows == [("8/1", "1", "1 x 2K", "1 MB", "fa3", "5.0", "4.0", "0.80")]
     assert tables.losses(result).markdown().startswith("| heads | page | batch | KV |")
 
@@ -467,6 +597,14 @@ def test_sglangs_steps_give_a_table_and_a_plot(tmp_path: Path) -> None:
     ]
     [picture] = report.plot(result, tmp_path)
     assert report.digest(result).encode() in picture.read_bytes()
+    with pytest.raises(ValueError, match="no other backend"):
+        report.plot({**result, "rows": [alone]}, tmp_path)
+
+
+def test_levers_say_of_which_page_size_they_are() -> None:
+    shapes = [Shape(32, 8, page, parse_lens("8x1K")) for page in (1, 16)]
+    table = tables.levers({"rows": [{**shape.to_row(), "us": {"off": 9.0}, "levers": {}} for shape in shapes]})
+    assert [line[:3] for line in table.rows] == [("32/8", page, "8 x 1K") for page in ("1", "16")]
 
 
 def test_a_table_has_a_cell_for_everything() -> None:
@@ -536,6 +674,29 @@ def test_an_explanation_gives_kernel_launch_and_levers() -> None:
     assert found.levers is not None and found.levers.demand_bytes <= found.levers.budget_bytes
     none = explain.explain(Shape(64, 1, 1, parse_lens("1x2K")), facts, PrefetchPolicy.named("auto"), "nothing")
     assert none.choice.kernel == "flashinfer" and none.levers is None
+
+
+def test_an_explanation_on_a_gpu_has_the_tuned_grids_least_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = explain.named_gpu("h200")
+    shape = Shape(8, 1, 1, parse_lens("1x2K"))
+    rules = (Rule(None, Grid(8, 1, 16)),)
+    monkeypatch.setattr(explain, "rules_for", lambda gpu_key: rules)
+    expected = explain.explain(shape, facts, PrefetchPolicy.named("auto"), "nothing")
+
+    class Wrapper:
+        kernel_choice, prefetch_plan = expected.choice, expected.levers
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def plan(self, *_: object, **__: object) -> None: ...
+
+    monkeypatch.setattr(explain.fi_prefetch, "BatchDecodeWithPagedKVCacheWrapper", Wrapper)
+    monkeypatch.setattr(explain, "require_gpu", lambda: facts)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **options: zeros(*size, **options))
+    found = explain.explain_here(shape, PrefetchPolicy.named("auto"), "nothing")
+    assert not found.assumed
+    assert found.schedule == expected.schedule and found.schedule.min_tiles_per_warp == 16
 
 
 def test_the_picture_shows_how_blocks_share_requests() -> None:

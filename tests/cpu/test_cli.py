@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,28 @@ def test_build_leaves_out_what_failed(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert not (tmp_path / "kernels").exists()
 
 
+def test_a_build_that_ends_early_starts_nothing_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    built: list[str] = []
+    go_on = threading.Event()
+
+    class Spec:
+        def __init__(self, variant: jit.Variant, _: object) -> None:
+            self.name = variant.name
+
+        def build(self, **_: bool) -> None:
+            built.append(self.name)
+            assert len(built) == 1 or go_on.wait(0.2) is False
+
+        def get_library_path(self) -> Path:
+            return tmp_path / "none.so"
+
+    monkeypatch.setattr(jit, "jit_spec", Spec)
+    (tmp_path / "file").touch()
+    text = fail("build", "--arch", "9.0a", "-j", "1", "--aot", str(tmp_path / "file" / "kernels"))
+    assert text.splitlines()[-1].startswith("Error: ") and "Not a directory" in text
+    assert len(built) < 5, "of more than fifty"
+
+
 def test_a_profile_needs_a_shape_and_a_profiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -155,10 +179,70 @@ def test_a_prediction_is_marked_as_one() -> None:
         (("--model", "llama-3-9b"), "llama-3-8b"),
         (("--model", "llama-3-8b", "--tp", "3"), "tensor_parallel"),
         (("--model", "llama-3-8b", "--context", "2M"), "2M"),
+        (("--model", "llama-3-8b", "--batch", "0"), "requests >= 1"),
+        (("--heads", "32/8", "--lens", "8x1K", "--head-dim", "-5"), "--head-dim"),
+        (("--heads", "32/8", "--lens", "8x0"), "no KV to read"),
+        (("--lens", "8x1K"), "--lens: it needs --heads"),
+        (("--batch", "8"), "--batch: it needs --model"),
+        (("--heads", "32/8", "--lens", "8x1K", "--batch", "8"), "--batch: it needs --model"),
+        (("--kv-dtype", "float8_e4m3fn"), "--kv-dtype: it needs --model or --heads"),
+        (("--grid", "small", "--model", "llama-3-8b"), "--grid: --model excludes it"),
+        (("--output", "a.json"), "--output: --estimate measures nothing"),
     ],
 )
 def test_shapes_that_are_none_are_refused(arguments: tuple[str, ...], message: str) -> None:
     assert message in fail("bench", "--estimate", "h200", *arguments)
+
+
+def test_what_our_kernel_does_not_serve_is_not_predicted_for_it() -> None:
+    text = succeed("bench", "--estimate", "h200", "--heads", "64/1", "--lens", "8x1K")
+    [line] = [line for line in text.splitlines() if line.startswith("│")]
+    assert line.split("│")[-2].strip() == "-"
+    assert "64/1 page 1 8x1K goes to flashinfer" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--policy", "fast"), "prefetch policy"),
+        (("--stall-seconds", "-1"), "--stall-seconds"),
+        (("--budget-seconds", "0"), "--budget-seconds"),
+        (("layer", "--heads", "32/8"), "--heads: layer does not take it"),
+        (("prefetch", "--policy", "off"), "--policy: prefetch does not take it"),
+        (("plan_time", "--baseline", "fa3"), "--baseline: plan_time does not take it"),
+        (("layer", "--baseline", "flashinfer_xqa"), "layer measures flashinfer_fa2 and fa3"),
+    ],
+)
+def test_what_would_be_measured_otherwise_than_asked_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    assert message in fail("bench", *arguments)
+
+
+def test_a_profile_wants_a_policy() -> None:
+    assert "prefetch policy" in fail("profile", "--heads", "32/8", "--lens", "8x1K", "--policy", "fast")
+
+
+def test_a_bad_setting_of_the_environment_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("FI_PREFETCH_POLICY", "fast")
+        assert "prefetch policy" in fail("info")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tune.tuned_file("h200")
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    tune.rules_for.cache_clear()
+    for command in (("info",), ("explain", "llama-3-8b")):
+        assert "not a file of tuned grids" in fail(*command)
+
+
+def test_info_counts_variants_of_these_sources_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from flashinfer.jit import env
+
+    current = f"fi_prefetch_batch_decode_x_{jit.sources_hash()}_sm90a"
+    for name in (current, "fi_prefetch_batch_decode_x_01234567", "fi_prefetch_bench_01234567"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.so").touch()
+    monkeypatch.setattr(env, "FLASHINFER_JIT_DIR", tmp_path)
+    assert json.loads(succeed("info", "--json"))["compiled"] == [current]
 
 
 def test_explain_says_why_in_numbers() -> None:
@@ -178,6 +262,7 @@ def test_every_model_can_be_explained(model: str) -> None:
 def test_explain_refuses_what_it_cannot_read() -> None:
     assert "expected" in fail("explain", "llama-3-8b", "--context", "2M")
     assert "prefetch policy" in fail("explain", "llama-3-8b", "--policy", "fast")
+    assert "--batch" in fail("explain", "llama-3-8b", "--context", "8x1K", "--batch", "4")
 
 
 # ---- result files --------------------------------------------------------------------------------------------------
@@ -233,6 +318,68 @@ def test_report_and_compare_read_every_kind_of_file_and_no_other(tmp_path: Path)
     other.write_text("{}")
     assert "not a result file" in fail("report", str(other))
     assert "not a result file" in fail("compare", str(other), str(grid))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nope", "[1]", '{"rows": [1]}', '{"rows": [{"baselines_us": {}}]}', '{"rows": [{"us": 1.0}]}', "\x80"]
+)
+def test_a_file_that_is_no_result_is_told_in_a_line_with_its_name(tmp_path: Path, text: str) -> None:
+    grid, other = result_file(tmp_path / "grid.json", {"1x2K": 10.0}), tmp_path / "other.json"
+    other.write_bytes(text.encode("latin-1"))
+    for command in (("report", str(other)), ("compare", str(grid), str(other))):
+        text = fail(*command)
+        assert text.startswith("Error: ") and "other.json: not a" in text and text.count("\n") == 1
+
+
+def test_a_file_without_its_gpu_is_told_in_a_line(tmp_path: Path) -> None:
+    path = result_file(tmp_path / "a.json", {"1x2K": 10.0})
+    path.write_text(json.dumps({"rows": json.loads(path.read_text())["rows"]}))
+    assert "not a whole result file: KeyError('gpu')" in fail("report", str(path))
+
+
+def test_plots_that_cannot_be_written_are_told_in_a_line(tmp_path: Path) -> None:
+    path = result_file(tmp_path / "a.json", {"1x2K": 10.0})
+    assert "no plots: " in succeed("report", str(path), "--plots", str(path / "plots"))
+
+
+def test_sglangs_steps_are_compared(tmp_path: Path) -> None:
+    path = ROOT / "benchmarks" / "results" / "h100" / "sglang.json"
+    assert "14 same" in succeed("compare", str(path), str(path))
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
+    """A GPU as far as the command line sees, on which `run` measures."""
+    monkeypatch.setattr(cli, "has_gpu", lambda: True)
+    monkeypatch.setattr(environment, "require_gpu", lambda: describe("NVIDIA H200", (9, 0), 132, 50 << 20))
+    monkeypatch.setattr(runner, "run", run)
+
+
+def test_the_demo_fails_with_our_kernel_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content = json.loads(result_file(tmp_path / "a.json", {"1x2K": 10.0, "8x1K": None}).read_text())
+    content["rows"][1]["missing"] = {"fi_prefetch": "WrongAnswer: relative error [0.5]"}
+    on_a_gpu(monkeypatch, lambda *_: {**content, "failed": [], "complete": True})
+    text = fail("demo")
+    assert "fi_prefetch: not measured on 1 of 2 rows: WrongAnswer: relative error [0.5]" in text
+    assert "no right answer of our kernel on 1 of" in text
+
+
+@pytest.mark.parametrize("error", [runner.JobError("ended before its first row"), PermissionError(13, "not yours")])
+def test_a_measurement_that_cannot_run_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def run(*_: object) -> None:
+        raise error
+
+    on_a_gpu(monkeypatch, run)
+    assert str(error) in fail("bench", "--heads", "32/8", "--lens", "8x1K")
+
+
+def test_a_reason_keeps_its_brackets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(job: runner.Job, output: Path, resume: bool, progress: Callable[[dict[str, object]], None]) -> object:
+        progress({"event": "row_failed", "row": 0, "reason": "ValueError: q: expected [batch, heads], not [/x]"})
+        return {"rows": [], "failed": [{}], "complete": True}
+
+    on_a_gpu(monkeypatch, run)
+    monkeypatch.chdir(tmp_path)
+    assert "expected [batch, heads], not [/x]" in succeed("bench", "--heads", "32/8", "--lens", "8x1K")
 
 
 def test_only_the_grid_is_predicted() -> None:
@@ -318,6 +465,20 @@ def test_a_record_is_made_part_by_part(monkeypatch: pytest.MonkeyPatch, tree: Pa
     (tree / "csrc" / "decode.cu").write_text("changed")
     fail("check", "--record", "--only", "memcheck")
     assert state()[0] == evidence.FAILED and "tests/gpu has not run" in state()[1]
+
+
+def test_a_record_is_of_one_set_of_versions(monkeypatch: pytest.MonkeyPatch, tree: Path) -> None:
+    path = tree / evidence.EVIDENCE_FILE
+    monkeypatch.setattr(cli, "has_gpu", lambda: True)
+    monkeypatch.setattr(environment, "require_gpu", lambda: describe("NVIDIA H200", (9, 0), 132, 1))
+    monkeypatch.setattr(gpu_check, "run_suite", lambda *_: evidence.Counts(2500, 0, 0))
+    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda *_: evidence.Counts(80, 0, 0))
+    succeed("check", "--record", "--only", "suite")
+    monkeypatch.setattr(environment, "versions", lambda: {"torch": "another"})
+    succeed("check", "--record", "--only", "memcheck")
+    assert not evidence.load(path).suites, "the suite ran with other versions than the record names"
+    path.write_text("{")
+    assert "not an evidence record" in fail("check", "--record", "--only", "memcheck")
 
 
 def test_the_checkout_is_found() -> None:
