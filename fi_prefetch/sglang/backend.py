@@ -25,8 +25,14 @@ def create_backend(runner: Any) -> Any:
             "--attention-backend fi_prefetch: this model has multi-head latent attention, which fi_prefetch does not "
             "serve; start with --attention-backend flashinfer, fa3 or flashmla"
         )
-    from . import named_backends
+    from . import layers, named_backends
 
+    if unserved := layers.unserved_feature(runner):
+        feature, instead = unserved
+        raise ValueError(
+            f"--attention-backend fi_prefetch: this model or server has {feature}, which SGLang's FlashInfer backend, "
+            f"and so this one, does not serve; start with --attention-backend {instead}"
+        )
     if runner.device == "cpu":
         from .cpu_backend import CpuAttnBackend
 
@@ -48,13 +54,14 @@ def create_backend(runner: Any) -> Any:
     if not runner.spec_algorithm.is_none():
         named_backends.draft_with_flashinfer()
         logger.info("fi_prefetch: with speculative decoding, draft and verify steps are served by FlashInfer's kernels")
-    prefill = runner.server_args.prefill_attention_backend or runner.server_args.attention_backend
-    if runner.server_args.enable_deterministic_inference and prefill == NAME:
-        named_backends.align_prefill_chunks()
     if runner.is_draft_worker:
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
         return ATTENTION_BACKENDS["flashinfer"](runner)
     from .cuda_backend import FiPrefetchAttnBackend
 
-    return FiPrefetchAttnBackend(runner)
+    backend = FiPrefetchAttnBackend(runner)
+    prefill, _ = named_backends.chosen(runner)
+    if backend.enable_deterministic and prefill == NAME:
+        named_backends.align_prefill_chunks()
+    return backend

@@ -18,7 +18,7 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from . import layers as model_layers
-from . import promises, settings
+from . import named_backends, promises, settings
 from .decode_wrapper import SELF_SCHEDULING, ServedDecodeWrapper
 from .plugin import NAME
 from .window import AllReduceWindow
@@ -46,7 +46,7 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner, init_new_workspace=runner.init_new_workspace)
-        self._check_kv_access(runner.server_args)
+        self._check_kv_access(*named_backends.chosen(runner))
         self._layers = model_layers.attention_layers(runner.model)
         self._promise = promises.keeps(runner.server_args)
         self._graph_wrappers: dict[int, list[ServedDecodeWrapper]] = {}
@@ -65,15 +65,11 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
             return
         self.indices_updater_decode = _DecodePageTable(runner, self)
         if settings.window() == "all_reduce":
-            self._window = AllReduceWindow.open(self, self._layers)
+            self._window = AllReduceWindow.open(self, self._layers, runner.server_args)
         self._log_start()
 
-    def _check_kv_access(self, server_args: Any) -> None:
+    def _check_kv_access(self, prefill: str, decode: str) -> None:
         """The check of the KV cache's format that SGLang makes for its FlashInfer backend under that name alone."""
-        prefill, decode = (
-            chosen or server_args.attention_backend
-            for chosen in (server_args.prefill_attention_backend, server_args.decode_attention_backend)
-        )
         if prefill == NAME:
             self._check_kv_attention_access("prefill", self.prefill_kv_access)
         if decode == NAME:
@@ -109,6 +105,10 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
         page_table = [torch.tensor(values, dtype=torch.int32, device=device) for values in ([0, 1], [0], [1])]
         shape = (updater.num_qo_heads, updater.num_kv_heads, updater.head_dim)
         for layer in self._layers:
+            try:
+                cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+            except (AssertionError, LookupError) as error:
+                return f"layer {layer.layer_id}: SGLang's pool has no KV for it: {error!r}"
             wrapper = self.decode_wrappers[self._get_wrapper_idx(layer)]
             q = torch.zeros(1, layer.tp_q_head_num, layer.head_dim, dtype=updater.q_data_type, device=device)
             try:
@@ -122,7 +122,7 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
                 )
                 wrapper.forward(
                     q,
-                    self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
+                    cache,
                     sm_scale=layer.scaling,
                     logits_soft_cap=layer.logit_cap,
                     k_scale=layer.k_scale_float,

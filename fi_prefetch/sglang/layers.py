@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 
 class LayerShape(NamedTuple):
@@ -31,8 +31,15 @@ class LayerShape(NamedTuple):
 
 
 def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
-    """The attention layers of this rank, in the order of their numbers."""
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    """The attention layers of this rank that decode, in the order of their numbers.
+
+    Those of an encoder (Whisper's) have numbers, and maybe shapes, of their own, and never come to a decode step.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, RadixAttention) and module.attn_type != AttentionType.ENCODER_ONLY
+    ]
     return sorted(layers, key=lambda layer: layer.layer_id)
 
 
@@ -47,4 +54,23 @@ def differing_layer(layers: list[RadixAttention], num_qo_heads: int, num_kv_head
                 f"dimensions {shape.head_dim} and {shape.v_head_dim}, the model as a whole {num_qo_heads}, "
                 f"{num_kv_heads} and {head_dim}"
             )
+    return None
+
+
+def unserved_feature(runner: Any) -> tuple[str, str] | None:
+    """What the attention of a model or server has that FlashInfer's backend in SGLang leaves out, or fails on late.
+
+    SGLang refuses most of it at start-up by the backend's name, but not for each flag that names a backend.
+
+    Returns it, and which backend serves it; None where there is nothing.
+    """
+    layers = attention_layers(runner.model)
+    if runner.model_config.has_attention_sinks:
+        return "attention sinks", "fa3 or triton"
+    if runner.model_config.attention_chunk_size is not None and any(layer.use_irope for layer in layers):
+        return "layers that attend within chunks", "fa3"
+    if any((layer.xai_temperature_len or -1) > 0 for layer in layers):
+        return "attention temperatures that depend on the position", "triton"
+    if runner.server_args.dcp_size > 1:
+        return "decode context parallelism (--dcp-size)", "triton"
     return None

@@ -14,6 +14,17 @@ from .plugin import NAME
 _MARK = "_knows_fi_prefetch"
 
 
+def chosen(runner: Any) -> tuple[str, str]:
+    """The names of the backends for prefill and for decode, as SGLang resolved them from its flags.
+
+    0.5.23 keeps what it resolved apart from `ServerArgs`, which has the flags as they were given.
+    """
+    if hasattr(runner, "prefill_attention_backend_str"):
+        return runner.prefill_attention_backend_str, runner.decode_attention_backend_str
+    prefill, decode = runner.server_args.get_attention_backends()
+    return prefill, decode
+
+
 def draft_with_flashinfer() -> None:
     """A draft model's attention under our name is FlashInfer's: SGLang maps names to draft backends in a table."""
     from sglang.srt.speculative.draft_utils import DraftBackendFactory

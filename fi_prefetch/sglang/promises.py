@@ -7,18 +7,21 @@ the last one that waited for everything before it.
 **The page table is final before the first layer.** SGLang fills `kv_indptr` and `kv_indices` once a step, in
 `init_forward_metadata` or `init_forward_metadata_out_graph`, on the stream that then runs the layers, and nothing
 writes them again before the next step's. Between that and the first attention lies a full wait: a CUDA graph starts
-only when everything before it in the stream has ended, and without a graph the embedding lookup, an ordinary launch,
-does. The overlap scheduler prepares the next batch on the CPU and launches into the same stream; where SGLang prepares
-metadata on a stream of its own, the layers' stream waits for an event, which is a full wait too.
+only when everything before it in the stream has ended, and without a graph the first ordinary launch does: the
+embedding lookup or, on a later pipeline rank, the first layer's query projection. The overlap scheduler prepares the
+next batch on the CPU and launches into the same stream; where SGLang prepares metadata on a stream of its own, the
+layers' stream waits for an event, which is a full wait too.
 
 **Nothing but each request's newest token is written in a decode step.** Every attention layer stores K and V of this
 step's tokens (`set_kv_buffer`, or the rope kernel that does it on the way) right before its attention; each request has
 one, at the end of its page table. That store may still be running when our kernel starts. Everything older was written
 by an earlier forward: an earlier step, or a prefill chunk, in this stream. What else writes KV does so before the step
-starts: pages that hierarchical caching or a prefill server brings in are waited for (by an event, or by the scheduler)
-before their requests are decoded; retraction gives slots back and a later prefill fills them anew; the extra step that
-the overlap scheduler runs for a finished request writes at that request's end, in this stream. Padded rows of a CUDA
-graph write to slot 0, which belongs to nobody.
+starts: pages that hierarchical caching or a prefill server brings in are waited for (by an event, or by the scheduler,
+also where a decode server brings in a prefix that no forward of its own ever ran) before their requests are decoded;
+retraction gives slots back and a later prefill fills them anew; the extra step that the overlap scheduler runs for a
+finished request writes at that request's end, in this stream. Padded rows of a CUDA graph write to slot 0, which
+belongs to nobody. Two-batch overlap runs the layers of two halves of a batch in turns, in this stream: each half writes
+its own requests' newest tokens. A layer that reads another layer's KV, or an encoder's, writes nothing.
 
 It is not true where the KV that attention reads is a workspace that the layer fills in the step (4-bit caches), and not
 obviously true where prefill and decode run in different streams of one GPU (PD multiplexing).

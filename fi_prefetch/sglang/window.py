@@ -11,6 +11,7 @@ that fuse the all-reduce with the norm after it do not come here, and get no win
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 # Of the all-reduces after a layer's attention, the one after its MLP. In the one before, the MLP's weights are still to
 # come, tens of megabytes through the same L2.
 _AFTER_MLP = 2
+# Modes in which all-reduces cannot be counted: those of two batches, or of two streams, come in turns; compiled code
+# counts when it is traced.
+_UNCOUNTED = ("enable_two_batch_overlap", "enable_pdmux", "enable_torch_compile")
+
+logger = logging.getLogger("fi_prefetch")
 
 
 class AllReduceWindow:
@@ -38,10 +44,17 @@ class AllReduceWindow:
         self._unjoined = False
 
     @classmethod
-    def open(cls, backend: FiPrefetchAttnBackend, layers: list[RadixAttention]) -> AllReduceWindow | None:
-        """The window of this rank's tensor-parallel group; None where it has one member and reduces nothing."""
+    def open(
+        cls, backend: FiPrefetchAttnBackend, layers: list[RadixAttention], server_args: Any
+    ) -> AllReduceWindow | None:
+        """The window of this rank's tensor-parallel group; None where it has one member and reduces nothing, or where
+        the server's mode leaves nothing to go by."""
         from sglang.srt.distributed import get_tp_group
 
+        for mode in _UNCOUNTED:
+            if getattr(server_args, mode):
+                logger.warning("fi_prefetch: the all-reduce window stays closed with --%s", mode.replace("_", "-"))
+                return None
         group = get_tp_group()
         if group.world_size == 1:
             return None

@@ -21,8 +21,6 @@ import argparse
 import contextlib
 import gzip
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -43,6 +41,8 @@ RESULTS = HERE.parents[1] / "benchmarks" / "results"
 SHORT = 8
 # Tokens of the answers that a profile is made of.
 PROFILED = 12
+# For an engine's process to end when it has said all.
+ENDING_SECONDS = 30
 DEFAULT_BACKENDS = ("fa3", "flashinfer", "fi_prefetch")
 # Of the GPU's memory, what weights and KV may take together; the rest is SGLang's activations and graphs.
 MEMORY_SHARE = 0.85
@@ -302,45 +302,34 @@ def run_engine(
     """Measures cases in a process of their own, until they are done or the time is over."""
     question = json.dumps({"backend": backend, "cases": cases} | asked)
     log = tempfile.NamedTemporaryFile("w+", prefix=f"{backend}-", suffix=".log", delete=False)
-    # In a session of its own, so that what the engine spawned can be ended with it: it holds the GPU's memory.
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--serve", question],
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        start_new_session=True,
-    )
+    command = [sys.executable, __file__, "--serve", question]
     out_of_time = threading.Event()
+    with engines.session(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
 
-    def end() -> None:
-        out_of_time.set()
-        end_session(process)
+        def end() -> None:
+            out_of_time.set()
+            engines.end_session(process)
 
-    timer = threading.Timer(seconds, end)
-    timer.start()
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if line.startswith("MEASURED "):
-                number, measured = json.loads(line.removeprefix("MEASURED "))
-                yield cases[number], measured
-            elif line.startswith(("started", "warm", "{")):
-                print(f"  {line.rstrip()}", flush=True)
-    finally:
-        timer.cancel()
-        end_session(process)
-        process.wait()
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.startswith("MEASURED "):
+                    number, measured = json.loads(line.removeprefix("MEASURED "))
+                    yield cases[number], measured
+                elif line.startswith(("started", "warm", "{")):
+                    print(f"  {line.rstrip()}", flush=True)
+            # It has closed its output: let it end with a status of its own, if it does.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_SECONDS)
+        finally:
+            timer.cancel()
     if out_of_time.is_set():
         print(f"  {backend} did not end within {seconds:.0f} s; its log: {log.name}", file=sys.stderr, flush=True)
     elif process.returncode:
         print(f"  {backend} ended with {process.returncode}; the end of {log.name}:", file=sys.stderr)
         print(Path(log.name).read_text()[-3000:], file=sys.stderr, flush=True)
-
-
-def end_session(process: subprocess.Popen[str]) -> None:
-    """Ends a process that leads a session, with all that it has spawned."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ It ends with 0 when all hold. What was found goes to benchmarks/results/<gpu>/sg
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -31,7 +32,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,21 +147,15 @@ def serve(asked: dict[str, Any]) -> None:
 # ---- the run as a whole ----------------------------------------------------------------------------------------------
 
 
-def run_engine(
+def ask_engine(
     model: Path, checks: Sequence[str], backend: str, kv_dtype: str, arguments: dict[str, Any], folder: Path
-) -> dict[str, Any]:
-    """What one engine answered to each check."""
+) -> tuple[list[str], dict[str, Path], Path]:
+    """The command of one engine, the file that it answers each check into, and its log."""
     name = f"{kv_dtype}-{backend.replace('+', '-')}"
     out = {check: folder / f"{check}-{name}.json" for check in checks}
     asked = {"model": str(model), "backend": backend, "kv_dtype": kv_dtype, "arguments": arguments}
     asked["out"] = {check: str(path) for check, path in out.items()}
-    with (folder / f"{name}.log").open("w+") as log:
-        command = [sys.executable, __file__, "--serve", json.dumps(asked)]
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-        said = Path(log.name).read_text()
-    if done.returncode or not all(path.exists() for path in out.values()):
-        raise RuntimeError(f"{backend} with KV {kv_dtype} did not answer ({done.returncode}):\n{said[-4000:]}")
-    return {check: json.loads(path.read_text()) for check, path in out.items()}
+    return [sys.executable, __file__, "--serve", json.dumps(asked)], out, folder / f"{name}.log"
 
 
 def run_engines(
@@ -169,17 +163,30 @@ def run_engines(
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """What the engine of each (KV dtype, backend) answered, all of them running at once or one after another."""
     pairs = [(kv_dtype, backend) for kv_dtype in kv_dtypes for backend in backends]
-    with ThreadPoolExecutor(len(pairs) if asked.at_once else 1) as pool:
-        running = [
-            pool.submit(run_engine, model, checks, backend, kv_dtype, asked.engine_arguments | ports, folder)
-            for (kv_dtype, backend), ports in zip(pairs, map(ports_of, range(len(pairs))), strict=True)
-        ]
+    questions = {
+        (kv_dtype, backend): ask_engine(model, checks, backend, kv_dtype, asked.engine_arguments | ports, folder)
+        for (kv_dtype, backend), ports in zip(pairs, map(ports_of, range(len(pairs))), strict=True)
+    }
     answered: dict[tuple[str, str], dict[str, Any]] = {}
-    for pair, one in zip(pairs, running, strict=True):
-        try:
-            answered[pair] = one.result()
-        except RuntimeError as error:
-            print(f"FAULT {error}", file=sys.stderr)
+    for group in [pairs] if asked.at_once else [[pair] for pair in pairs]:
+        deadline = time.monotonic() + asked.engine_seconds
+        with contextlib.ExitStack() as stack:
+            running = {}
+            for pair in group:
+                command, _, log = questions[pair]
+                output = stack.enter_context(log.open("w"))
+                running[pair] = stack.enter_context(engines.session(command, stdout=output, stderr=subprocess.STDOUT))
+            for (kv_dtype, backend), process in running.items():
+                _, out, log = questions[kv_dtype, backend]
+                try:
+                    status = f"ended with {process.wait(max(0.0, deadline - time.monotonic()))}"
+                except subprocess.TimeoutExpired:
+                    status = f"did not end within {asked.engine_seconds:.0f} s"
+                if process.returncode or not all(path.exists() for path in out.values()):
+                    said = log.read_text(errors="replace")[-4000:]
+                    print(f"FAULT {backend} with KV {kv_dtype} did not answer, it {status}:\n{said}", file=sys.stderr)
+                    continue
+                answered[kv_dtype, backend] = {check: json.loads(path.read_text()) for check, path in out.items()}
     return answered
 
 
@@ -256,30 +263,34 @@ def compare_backends(
     return found
 
 
+def http_flags(model: Path) -> list[str]:
+    flags = ["--model-path", str(model), "--port", str(PORT)]
+    flags += ["--attention-backend", OURS, "--sampling-backend", "pytorch", "--grammar-backend", "none"]
+    flags += ["--mem-fraction-static", "0.5", "--disable-prefill-cuda-graph"]
+    return [*flags, "--cuda-graph-bs-decode", "1", "2", "4"]
+
+
 def check_http(model: Path, folder: Path) -> dict[str, Any]:
     log = folder / "http.log"
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(PORT)]
-    command += ["--attention-backend", OURS, "--sampling-backend", "pytorch", "--grammar-backend", "none"]
-    command += ["--mem-fraction-static", "0.5", "--disable-prefill-cuda-graph", "--cuda-graph-bs-decode", "1", "2", "4"]
+    command = [sys.executable, "-m", "sglang.launch_server", *http_flags(model)]
     environment = os.environ | {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(engines.unused_model_files())}
     faults, text = [], ""
-    with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    with (
+        log.open("w") as output,
+        engines.session(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as server,
+    ):
         try:
             text = ask_when_up(server, "The capital of France is", seconds=420)
-        except (OSError, RuntimeError, ValueError) as error:
-            faults.append(f"{error}; {log.read_text()[-2000:]}")
-        finally:
-            server.terminate()
-            server.wait(60)
+        except (KeyError, OSError, RuntimeError, ValueError) as error:
+            faults.append(f"{error!r}; {log.read_text(errors='replace')[-2000:]}")
     if not faults and "Paris" not in text:
         faults.append(f"the capital of France came out as {text!r}")
-    if "fi_prefetch: kernel" not in log.read_text():
+    if "fi_prefetch: kernel" not in log.read_text(errors="replace"):
         faults.append("the server did not log which kernel serves")
     return {"server": {"text": text, "faults": faults}}
 
 
-def ask_when_up(server: subprocess.Popen[bytes], prompt: str, seconds: float) -> str:
+def ask_when_up(server: subprocess.Popen[Any], prompt: str, seconds: float) -> str:
     """A server's answer to a prompt, once it has one."""
     body = json.dumps({"text": prompt, "sampling_params": {"temperature": 0.0, "max_new_tokens": 16}}).encode()
     url, headers = f"http://127.0.0.1:{PORT}/generate", {"Content-Type": "application/json"}
@@ -306,6 +317,7 @@ def main() -> int:
     parser.add_argument("--backends", nargs="+", choices=engines.BACKENDS, default=list(THEIRS), help="SGLang's own")
     parser.add_argument("--kv-dtypes", nargs="+", choices=NOISE, default=list(NOISE))
     parser.add_argument("--one-at-a-time", dest="at_once", action="store_false", help="no two engines at once")
+    parser.add_argument("--engine-seconds", type=float, default=1800, help="the most that engines may take")
     parser.add_argument("--engine-arguments", type=json.loads, default={}, help="JSON; more for sglang.Engine")
     parser.add_argument("--keep", type=Path, help="folder for the answers and the logs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import random
 import re
-from collections.abc import Sequence
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +100,20 @@ def random_prompts(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> li
     """Prompts of random tokens that share no prefix worth caching."""
     generator = random.Random(seed)
     return [[generator.randrange(10, vocabulary) for _ in range(length)] for length in lengths]
+
+
+@contextlib.contextmanager
+def session(command: Sequence[str], **arguments: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process in a session of its own, ended with the block, and with all it spawned: they hold the GPU's memory."""
+    process = subprocess.Popen(command, start_new_session=True, **arguments)
+    try:
+        yield process
+    finally:
+        end_session(process)
+        process.wait()
+
+
+def end_session(process: subprocess.Popen[Any]) -> None:
+    """Ends a process that leads a session, with all that it has spawned."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

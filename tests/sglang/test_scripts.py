@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,31 @@ def test_an_engine_that_hangs_is_ended_with_all_it_spawned(monkeypatch: pytest.M
     monkeypatch.setattr(bench_serving, "__file__", str(hanging))
     measured = list(bench_serving.run_engine("fa3", [CASE], {}, seconds=15.0))  # enough to start on a busy machine
     assert measured == [(CASE, {"ms_per_step": 7.5})]
+    state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_comparison_ends_engines_that_hang_or_fail_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "engine.py"
+    script.write_text(
+        "import json, pathlib, subprocess, sys, time\n"
+        "asked = json.loads(sys.argv[2])\n"
+        "if asked['backend'] == 'fa3': sys.exit('no such kernel')\n"
+        "if asked['backend'] == 'flashinfer':\n"
+        f"    pathlib.Path({str(tmp_path)!r}, 'pid').write_text(str(subprocess.Popen(['sleep', '600']).pid))\n"
+        "    time.sleep(600)\n"
+        "for path in asked['out'].values(): pathlib.Path(path).write_text(json.dumps({'answers': []}))\n"
+    )
+    monkeypatch.setattr(correctness, "__file__", str(script))
+    asked = SimpleNamespace(engine_arguments={}, at_once=True, engine_seconds=15.0)
+    backends = ("fi_prefetch", "flashinfer", "fa3")
+    answered = correctness.run_engines(tmp_path, ["text"], backends, ["auto"], asked, tmp_path)
+    assert answered == {("auto", "fi_prefetch"): {"text": {"answers": []}}}
+    said = capsys.readouterr().err
+    assert "flashinfer with KV auto did not answer, it did not end within 15 s" in said
+    assert "fa3 with KV auto did not answer, it ended with 1:\nno such kernel" in said
     state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
-from fi_prefetch.sglang import layers, named_backends, promises, settings
+from fi_prefetch.sglang import cuda_backend, layers, named_backends, promises, settings
 from fi_prefetch.sglang.backend import create_backend
 from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend
 
@@ -22,16 +26,24 @@ def runner(**changes: Any) -> Any:
         "use_mla_backend": False,
         "device": "cuda",
         "spec_algorithm": SimpleNamespace(is_none=lambda: True),
-        "server_args": SimpleNamespace(
-            enable_deterministic_inference=False, prefill_attention_backend=None, attention_backend="fi_prefetch"
-        ),
+        "server_args": SimpleNamespace(dcp_size=1),
+        "prefill_attention_backend_str": "fi_prefetch",
+        "decode_attention_backend_str": "fi_prefetch",
         "is_draft_worker": False,
+        "model": torch.nn.ModuleList([attention(0)]),
+        "model_config": SimpleNamespace(has_attention_sinks=False, attention_chunk_size=None),
     }
     return SimpleNamespace(**facts | changes)
 
 
 def attention(layer_id: int, heads: int = 6, kv_heads: int = 2, head_dim: int = 64, **more: Any) -> RadixAttention:
     return RadixAttention(heads, head_dim, head_dim**-0.5, kv_heads, layer_id, **more)
+
+
+def with_temperature(layer: RadixAttention, length: int) -> RadixAttention:
+    """As Grok's model sets it."""
+    layer.xai_temperature_len = length
+    return layer
 
 
 def test_latent_attention_is_refused_with_what_to_use() -> None:
@@ -81,8 +93,6 @@ def test_draft_steps_under_our_name_are_flashinfers(monkeypatch: pytest.MonkeyPa
 
 def test_draft_factory_looks_names_up_where_we_add_ours() -> None:
     """SGLang's own factory still takes the table of names that `draft_with_flashinfer` adds to."""
-    import inspect
-
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
     assert list(inspect.signature(DraftBackendFactory._create_backend).parameters)[1:3] == [
@@ -90,20 +100,82 @@ def test_draft_factory_looks_names_up_where_we_add_ours() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("prefill", "cut"), [(None, True), ("fi_prefetch", True), ("fa3", False)])
+@pytest.mark.parametrize(("prefill", "cut"), [("fi_prefetch", True), ("fa3", False)])
+@pytest.mark.parametrize("deterministic", [True, False])
 def test_prefill_is_cut_where_it_is_deterministic_and_flashinfers(
-    monkeypatch: pytest.MonkeyPatch, prefill: str | None, cut: bool
+    monkeypatch: pytest.MonkeyPatch, prefill: str, cut: bool, deterministic: bool
 ) -> None:
+    """By what SGLang resolved: --rl-on-policy-target, too, makes inference deterministic."""
     monkeypatch.setattr("sglang.srt.utils.is_flashinfer_available", lambda: True)
-    monkeypatch.setitem(ATTENTION_BACKENDS, "flashinfer", lambda its_runner: None)
+    made = SimpleNamespace(enable_deterministic=deterministic)
+    monkeypatch.setattr(cuda_backend, "FiPrefetchAttnBackend", lambda its_runner: made)
     calls: list[int] = []
     monkeypatch.setattr(named_backends, "align_prefill_chunks", lambda: calls.append(1))
-    chosen = SimpleNamespace(
-        enable_deterministic_inference=True, prefill_attention_backend=prefill, attention_backend="fi_prefetch"
-    )
-    # A draft model's runner ends where this test need not go further.
-    create_backend(runner(is_draft_worker=True, server_args=chosen))
-    assert bool(calls) == cut
+    assert create_backend(runner(prefill_attention_backend_str=prefill)) is made
+    assert bool(calls) == (cut and deterministic)
+
+
+def test_names_of_the_backends_are_those_that_sglang_resolved() -> None:
+    """Before its backends are made, 0.5.23's runner has them; 0.5.16's has not, and its arguments say."""
+    assert named_backends.chosen(runner(prefill_attention_backend_str="fa3")) == ("fa3", "fi_prefetch")
+    its_arguments = SimpleNamespace(get_attention_backends=lambda: ("fa3", "fi_prefetch"))
+    assert named_backends.chosen(SimpleNamespace(server_args=its_arguments)) == ("fa3", "fi_prefetch")
+    from sglang.srt.model_executor import model_runner
+    from sglang.srt.server_args import ServerArgs
+
+    source = inspect.getsource(model_runner)
+    if "self.prefill_attention_backend_str = resolved.prefill" in source:
+        assert source.index("self.prefill_attention_backend_str = ") < source.index("build_attention_backends(model_")
+    else:
+        assert hasattr(ServerArgs, "get_attention_backends")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_config": SimpleNamespace(has_attention_sinks=True, attention_chunk_size=None)},
+            "has attention sinks, .*--attention-backend fa3 or triton",
+        ),
+        (
+            {
+                "model_config": SimpleNamespace(has_attention_sinks=False, attention_chunk_size=8192),
+                "model": torch.nn.ModuleList([attention(0), attention(1, use_irope=True)]),
+            },
+            "has layers that attend within chunks, .*--attention-backend fa3",
+        ),
+        (
+            {"model": torch.nn.ModuleList([with_temperature(attention(0), 1024)])},
+            "has attention temperatures that depend on the position, .*--attention-backend triton",
+        ),
+        (
+            {"server_args": SimpleNamespace(dcp_size=2)},
+            r"has decode context parallelism \(--dcp-size\), .*--attention-backend triton",
+        ),
+    ],
+)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_what_flashinfers_backend_would_leave_out_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str, device: str
+) -> None:
+    monkeypatch.setattr(named_backends, "do_without_triton", lambda: None)
+    with pytest.raises(ValueError, match=message):
+        create_backend(runner(device=device, **changes))
+
+
+def test_chunked_attention_without_chunks_and_temperatures_that_are_off_are_served() -> None:
+    plain = torch.nn.ModuleList([with_temperature(attention(0, use_irope=True), -1), attention(1)])
+    assert layers.unserved_feature(runner(model=plain)) is None
+
+
+def test_models_say_what_the_refusals_ask_for(tmp_path: Path) -> None:
+    from sglang.srt.configs.model_config import ModelConfig
+
+    (tmp_path / "config.json").write_text(json.dumps(tiny_models.CONFIGS["llama"]))
+    said = ModelConfig(str(tmp_path))
+    assert (said.has_attention_sinks, said.attention_chunk_size) == (False, None)
+    layer = attention(0)
+    assert (layer.use_irope, layer.xai_temperature_len) == (False, -1)
 
 
 def test_deterministic_prefill_is_cut_as_flashinfers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +224,26 @@ def test_models_that_flashinfer_decodes(changes: dict[str, Any], reason: str | N
 def test_layers_come_in_the_order_of_their_numbers() -> None:
     model = torch.nn.ModuleList([attention(2), torch.nn.Linear(2, 2), attention(0)])
     assert [layer.layer_id for layer in layers.attention_layers(model)] == [0, 2]
+
+
+def test_an_encoders_layers_have_no_part_in_decoding() -> None:
+    """Whisper's, with numbers that its decoder's layers have too."""
+    encoder = attention(0, heads=4, attn_type=AttentionType.ENCODER_ONLY)
+    decoder = [attention(0), attention(1, is_cross_attention=True)]
+    assert layers.attention_layers(torch.nn.ModuleList([encoder, *decoder])) == decoder
+
+
+@pytest.mark.parametrize("error", [KeyError(7), IndexError("list index out of range"), AssertionError()])
+def test_layer_without_kv_is_left_to_flashinfer(error: Exception) -> None:
+    def get_kv_buffer(number: int) -> Any:
+        raise error
+
+    backend = object.__new__(FiPrefetchAttnBackend)
+    backend._layers = [attention(7)]
+    backend.workspace_buffer = torch.empty(1, dtype=torch.uint8)
+    backend.indices_updater_decode = SimpleNamespace(num_qo_heads=6, num_kv_heads=2, head_dim=64)
+    backend.token_to_kv_pool = SimpleNamespace(get_kv_buffer=get_kv_buffer)
+    assert backend._try_each_layer() == f"layer 7: SGLang's pool has no KV for it: {error!r}"
 
 
 @pytest.mark.parametrize(

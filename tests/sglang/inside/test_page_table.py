@@ -199,6 +199,48 @@ def test_window_pools_slots_are_translated(lengths_on_host: bool) -> None:
     assert slots(ours) == slots(sglangs) == expected(100)
 
 
+def test_steps_without_requests_are_planned() -> None:
+    """As an idle rank of data-parallel attention has them, without a graph."""
+    wrapper = ServedDecodeWrapper(WORKSPACE)
+    nobody = torch.empty(0, dtype=torch.int64)
+    lengths = {"paged_kernel_lens": nobody, "paged_kernel_lens_sum": 0, "req_pool_indices": nobody}
+    fill(updater(_DecodePageTable), wrapper, nobody, kv_indptr=torch.zeros(9, dtype=torch.int32), **lengths)
+    assert wrapper.kernel_choice.kernel == "reference"
+    cache = torch.zeros(4, 2, 64)
+    assert wrapper.forward(torch.empty(0, 6, 64), (cache, cache), sm_scale=0.125).shape == (0, 6, 64)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_rows_beyond_the_requests_are_left_out(graph: bool) -> None:
+    """Two-batch overlap pads the tokens of a half of the batch, and not its requests."""
+    wrapper = graph_wrapper() if graph else ServedDecodeWrapper(WORKSPACE)
+    table = {} if graph else {"kv_indptr": torch.zeros(9, dtype=torch.int32)}
+    fill(updater(_DecodePageTable), wrapper, LENGTHS, **table)
+    k, v = (torch.randn(6 * TABLE_WIDTH, 2, 64) for _ in range(2))
+    q = torch.randn(4, 6, 64)
+    answer = wrapper.forward(q, (k, v), sm_scale=0.125)
+    torch.testing.assert_close(answer[:3], wrapper.forward(q[:3], (k, v), sm_scale=0.125))
+    assert not answer[3:].any()
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_compiled_layers_keep_a_scale_and_a_cap_of_their_own(rows: int) -> None:
+    """--enable-torch-compile: what a compiled layer writes to the wrapper is there only when the code has ended."""
+    wrapper = graph_wrapper()
+    fill(updater(_DecodePageTable), wrapper, LENGTHS)
+    k, v = (torch.randn(6 * TABLE_WIDTH, 2, 64) for _ in range(2))
+
+    def step(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first = wrapper.forward(q, (k, v), sm_scale=0.5, logits_soft_cap=0.0, k_scale=2.0)
+        return first, wrapper.forward(q, (k, v), sm_scale=0.125, logits_soft_cap=2.0, v_scale=0.5)
+
+    q = torch.randn(rows, 6, 64)
+    expected_answers = step(q)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(q), expected_answers)
+
+
 def test_table_in_other_buffers_is_planned_for() -> None:
     wrapper = graph_wrapper()
     indptr = torch.tensor([0, 2, 3, 4], dtype=torch.int32)

@@ -14,6 +14,11 @@ from fi_prefetch.sglang import window
 LAYERS = [RadixAttention(6, 64, 0.125, 2, number) for number in range(3)]
 
 
+def server_args(**changes: bool) -> Any:
+    modes = {"enable_two_batch_overlap": False, "enable_pdmux": False, "enable_torch_compile": False}
+    return SimpleNamespace(**modes | changes)
+
+
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What happened, in order: prefetches of a layer's cache, and joins of the side stream."""
@@ -76,7 +81,21 @@ def test_group_of_one_gets_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
     import sglang.srt.distributed
 
     monkeypatch.setattr(sglang.srt.distributed, "get_tp_group", lambda: SimpleNamespace(world_size=1))
-    assert window.AllReduceWindow.open(SimpleNamespace(), LAYERS) is None
+    assert window.AllReduceWindow.open(SimpleNamespace(), LAYERS, server_args()) is None
+
+
+@pytest.mark.parametrize("mode", ["two_batch_overlap", "pdmux", "torch_compile"])
+def test_window_stays_closed_where_all_reduces_cannot_be_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    import sglang.srt.distributed
+
+    group = SimpleNamespace(world_size=2, all_reduce=None)
+    monkeypatch.setattr(sglang.srt.distributed, "get_tp_group", lambda: group)
+    its_arguments = server_args(**{f"enable_{mode}": True})
+    assert window.AllReduceWindow.open(SimpleNamespace(), LAYERS, its_arguments) is None
+    assert group.all_reduce is None
+    assert f"the all-reduce window stays closed with --enable-{mode.replace('_', '-')}" in caplog.text
 
 
 def test_window_watches_the_groups_all_reduce(monkeypatch: pytest.MonkeyPatch, events: list[Any]) -> None:
@@ -85,7 +104,7 @@ def test_window_watches_the_groups_all_reduce(monkeypatch: pytest.MonkeyPatch, e
     group = SimpleNamespace(world_size=2, all_reduce=lambda tensor: tensor + 1)
     monkeypatch.setattr(sglang.srt.distributed, "get_tp_group", lambda: group)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
-    opened = window.AllReduceWindow.open(SimpleNamespace(workspace_buffer=torch.empty(1)), LAYERS)
+    opened = window.AllReduceWindow.open(SimpleNamespace(workspace_buffer=torch.empty(1)), LAYERS, server_args())
     calls: list[int] = []
     monkeypatch.setattr(opened, "before_all_reduce", lambda: calls.append(1))
     assert group.all_reduce(torch.tensor(1)) == 2
