@@ -313,6 +313,11 @@ def check(
     root = checkout()
     path = root / evidence.EVIDENCE_FILE
     if declare_not_run:
+        earlier = None
+        with contextlib.suppress(ValueError, FileNotFoundError):  # nothing that could be lost
+            earlier = evidence.load(path)
+        if earlier is not None and evidence.judge(earlier, evidence.tree_hash(root)).state == evidence.PASSED:
+            raise click.ClickException(f"{path} says that {earlier.gpu} has run this tree, and all of it passed")
         path.write_text(evidence.not_run(root, environment.commit()).to_json())
         console.print(f"{path}: {evidence.NOT_RUN_REASON}")
         return

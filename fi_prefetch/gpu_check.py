@@ -41,10 +41,10 @@ def run_suite(root: Path, echo: Echo, arguments: Sequence[str] = ()) -> Counts:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", GPU_SUITE, "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        _stream([*command, *arguments], root, echo)
+        _, status = _stream([*command, *arguments], root, echo)
         if not report.exists():
             raise CheckError(f"pytest wrote no report for {GPU_SUITE}")
-        return parse_junit(report.read_text())
+        return _believed(parse_junit(report.read_text()), status)
 
 
 def parse_junit(text: str) -> Counts:
@@ -62,12 +62,14 @@ def parse_junit(text: str) -> Counts:
 def run_random(root: Path, echo: Echo, cases: int, seed: int | None = None) -> Counts:
     """Runs `cases` random cases of the checkout at `root`; `seed`: a new one where None."""
     arguments = ["--cases", str(cases), *([] if seed is None else ["--seed", str(seed)])]
-    return parse_script(_stream([sys.executable, RANDOM_SCRIPT, *arguments], root, echo))
+    output, status = _stream([sys.executable, RANDOM_SCRIPT, *arguments], root, echo)
+    return _believed(parse_script(output), status)
 
 
 def run_soak(root: Path, echo: Echo, calls: int) -> Counts:
     """Makes `calls` calls with the soak of the checkout at `root`."""
-    return parse_script(_stream([sys.executable, SOAK_SCRIPT, "--calls", str(calls)], root, echo))
+    output, status = _stream([sys.executable, SOAK_SCRIPT, "--calls", str(calls)], root, echo)
+    return _believed(parse_script(output), status)
 
 
 def parse_script(output: str) -> Counts:
@@ -104,9 +106,11 @@ def run_sanitizer(root: Path, tool: str, echo: Echo) -> Counts:
         # It must see who writes, so all kernels are instrumented, and PyTorch must not hand out memory again that was
         # written before.
         command = [sanitizer, "--tool", tool, sys.executable, SANITIZE_SCRIPT, "--initcheck"]
-        return parse_sanitizer(tool, _stream(command, root, echo, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
-    command = [sanitizer, "--tool", tool, *kernel_filter(sanitizer), sys.executable, SANITIZE_SCRIPT]
-    return parse_sanitizer(tool, _stream(command, root, echo))
+        output, status = _stream(command, root, echo, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    else:
+        command = [sanitizer, "--tool", tool, *kernel_filter(sanitizer), sys.executable, SANITIZE_SCRIPT]
+        output, status = _stream(command, root, echo)
+    return _believed(parse_sanitizer(tool, output), status)
 
 
 def parse_sanitizer(tool: str, output: str) -> Counts:
@@ -122,8 +126,17 @@ def parse_sanitizer(tool: str, output: str) -> Counts:
     return Counts(int(cases[1]), int(cases[2]) + int(summary[1]), 0)
 
 
-def _stream(command: Sequence[str], root: Path, echo: Echo, variables: Mapping[str, str] | None = None) -> str:
-    """Runs a command at `root` and returns all that it printed, after passing it on line by line."""
+def _believed(counts: Counts, status: int) -> Counts:
+    """The counts of a process that ended with this status; raises CheckError where it says otherwise than they do."""
+    if counts.clean and status:
+        raise CheckError(f"all {counts.passed} cases passed, and the process ended with status {status}")
+    return counts
+
+
+def _stream(
+    command: Sequence[str], root: Path, echo: Echo, variables: Mapping[str, str] | None = None
+) -> tuple[str, int]:
+    """Runs a command at `root`, passing its output on line by line; all that it printed, and its exit status."""
     environment = {
         **os.environ,
         **(variables or {}),
@@ -143,4 +156,4 @@ def _stream(command: Sequence[str], root: Path, echo: Echo, variables: Mapping[s
         for line in process.stdout:
             lines.append(line)
             echo(line.rstrip("\n"))
-    return "".join(lines)
+    return "".join(lines), process.returncode

@@ -809,6 +809,16 @@ def test_scripts_take_what_they_are_given(script: str, tmp_path: Path, monkeypat
         assert said[0] == "['--cases', '3']" and said[2] == "['--cases', '3', '--seed', '0']"
 
 
+def test_counts_are_not_believed_where_the_process_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "SOAK_SCRIPT", "script.py")
+    script = tmp_path / "script.py"
+    script.write_text("print('soak: 3 passed, 0 failed'); raise SystemExit(7)")
+    with pytest.raises(gpu_check.CheckError, match="all 3 cases passed, and the process ended with status 7"):
+        gpu_check.run_soak(tmp_path, [].append, 3)
+    script.write_text("print('soak: 3 passed, 1 failed'); raise SystemExit(1)")
+    assert gpu_check.run_soak(tmp_path, [].append, 3) == gpu_check.Counts(3, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("tool", "summary", "failed"),
     [

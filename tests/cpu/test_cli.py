@@ -454,6 +454,8 @@ def test_a_record_is_made_part_by_part(monkeypatch: pytest.MonkeyPatch, tree: Pa
     succeed("check", "--record", "--only", "random", "--seed", "7")
     assert evidence.load(path).suites[evidence.RANDOM_CASES] == evidence.Counts(20_000, 0, 0, seed=7)
     assert state() == (evidence.PASSED, "2500 cases passed on NVIDIA H200")
+    assert "NVIDIA H200 has run this tree" in fail("check", "--declare-not-run")
+    assert state()[0] == evidence.PASSED
 
     def broken(*_: object) -> evidence.Counts:
         raise gpu_check.CheckError("racecheck: the tool's summary is missing")
