@@ -238,12 +238,12 @@ def paper(result: dict[str, Any]) -> Table:
 
 def evidence(record: dict[str, Any]) -> Table:
     """What a GPU has run of the tests and sanitizers; `record` is that of tests/gpu_evidence.json."""
-    where = (record["gpu"], record["commit"][:12])
+    where = (record["gpu"] or "-", (record["commit"] or "-")[:12])
     parts = {**record["suites"], **record["sanitizers"]}
-    lines = [
-        (name, *where, *(str(counts[end]) for end in ("passed", "failed", "skipped")), str(counts["seed"] or "-"))
-        for name, counts in parts.items()
-    ]
+    lines = []
+    for name, counts in parts.items():
+        seed = "-" if counts["seed"] is None else str(counts["seed"])
+        lines.append((name, *where, *(str(counts[end]) for end in ("passed", "failed", "skipped")), seed))
     columns = ("what ran", "on", "commit", "passed", "failed", "left out", "seed")
     return Table("Tests and sanitizers on a GPU", columns, lines, words=3)
 
