@@ -10,6 +10,7 @@ from releases import Release
 collect_ignore = ["inside", "gpu_path", "standins"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups, in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps a release's tests in one process where pytest-xdist spreads them: they share the engines that answered."""
     if not config.pluginmanager.hasplugin("xdist"):

@@ -85,3 +85,9 @@ def test_both_tools_make_the_same_of_the_sources(release: Release, tmp_path: Pat
 def test_each_release_has_its_patch() -> None:
     names = {path.name for path in INTEGRATION.glob("*.patch")}
     assert names == {f"sglang-{version}.patch" for version in make_env.RELEASES}
+
+
+def test_a_releases_tests_stay_in_one_process(release: Release, request: pytest.FixtureRequest) -> None:
+    """Where tests are spread by groups: each process would else start all of the release's engines."""
+    by_groups = getattr(request.config.option, "loadgroup", False)
+    assert request.node.nodeid.endswith(f"@sglang-{release.version}") == by_groups
