@@ -190,6 +190,22 @@ def test_caches_our_kernel_does_not_read(k, v, reason):
 
 
 @pytest.mark.parametrize(
+    ("step", "unit", "most_pages"),
+    [
+        (40, 16, (1 << 36) // 80 + 1),  # 80 bytes from page to page
+        (24, 16, (1 << 36) // 48 + 1),
+        (64, 128, (1 << 39) // 128),
+    ],
+)
+def test_offsets_of_32_bits_end_where_they_do(step, unit, most_pages):
+    """The unit is the greatest power of two that divides all strides; the last page's offset is below 2^32 of them."""
+    last = cache(most_pages, 1, 1, 8, strides=(step, 8, 8, 1))
+    assert dispatch.cache_obstacle(last, last) is None
+    beyond = cache(most_pages + 1, 1, 1, 8, strides=(step, 8, 8, 1))
+    assert f"units of {unit} bytes" in dispatch.cache_obstacle(beyond, beyond)
+
+
+@pytest.mark.parametrize(
     ("k", "v", "name"),
     [
         (cache(10, 16, 8, 128), cache(10, 16, 8, 128, strides=(16384, 1028, 128, 1)), "v_cache"),

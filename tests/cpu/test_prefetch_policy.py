@@ -151,6 +151,12 @@ def test_codes(policy, launch, pdl):
     assert READY_CODES[launch.ready] == ready
 
 
+@pytest.mark.parametrize(("blocks", "on_an_sm"), [(1, 1), (132, 1), (133, 2), (264, 2)])
+def test_what_is_in_flight_is_that_of_the_fullest_sm(blocks, on_an_sm):
+    plan = resolve(PrefetchPolicy.named("auto"), H100._replace(blocks=blocks), pdl=True)
+    assert plan.bytes_in_flight_per_sm == on_an_sm * H100.warps * H100.stages * H100.tile_bytes
+
+
 def test_auto_follows_the_measurements():
     auto = PrefetchPolicy.named("auto")
     well_fed = resolve(auto, H100, pdl=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
@@ -18,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fi_prefetch
-from fi_prefetch import decision, decode, device, dispatch, jit, reference
+from fi_prefetch import checks, decision, decode, device, dispatch, jit, reference
 from fi_prefetch.prefetch import PrefetchPolicy
 
 HAS_0_7 = hasattr(flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper, "_plan_impl")
@@ -631,6 +632,43 @@ def test_gpu_prefetch_plan(gpu, half_batch):
     assert PrefetchPolicy.parse("off") == planned(half_batch, prefetch="off")._policy
 
 
+def test_gpu_levers_follow_the_plan(gpu, half_batch):
+    """A wrapper that is planned for much KV must not go on with the levers of the little that it had before."""
+    wrapper = planned(half_batch, ready="all_but_last_token")
+    module = only(gpu.modules)
+    much = torch.cat([half_batch.indices, torch.zeros(4096, dtype=torch.int32)])
+    for indices, early_load in ((half_batch.indices, 1), (much, 0), (half_batch.indices, 1)):
+        wrapper.plan(half_batch.indptr, indices, half_batch.last_page_len, *half_batch.shape, **half_batch.dtypes)
+        wrapper.run(half_batch.q, half_batch.cache)
+        codes = module.calls[-1][1][1]
+        assert codes == wrapper.prefetch_plan.codes() and codes[2] == early_load
+
+
+def test_gpu_plans_of_a_long_life_are_forgotten(gpu, make_batch, dense_decode, monkeypatch):
+    monkeypatch.setattr(decode, "_MAX_DECISIONS", 3)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    for size in (1, 2, 3, 4, 5, 1, 2):
+        batch = make_batch([17] * size, dtype=torch.bfloat16)
+        wrapper.plan(*batch.table, *batch.shape, **batch.dtypes)
+        assert len(wrapper._decisions) <= 3
+        assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch), rtol=1e-2)
+
+
+def test_gpu_tuned_grid_has_no_more_warps_than_fit(gpu, half_batch, monkeypatch):
+    original = FakeModule.plan
+    monkeypatch.setattr(FakeModule, "plan", lambda self, *args: [132, 3, *original(self, *args)[2:]])
+    assert planned(half_batch).prefetch_plan.facts.warps == 3
+
+
+def test_gpu_tuned_grid_that_needs_more_workspace_is_left_out(gpu, half_batch, monkeypatch):
+    def adjust_plan(self, info, batch_size, blocks, warps, min_tiles):
+        return [4 * blocks, warps, info[2], 8192, *info[4:6], min_tiles, info[7]]
+
+    monkeypatch.setattr(FakeModule, "adjust_plan", adjust_plan)
+    assert planned(half_batch, workspace_bytes=8191)._decision.blocks == 132
+    assert planned(half_batch, workspace_bytes=8192)._decision.blocks == 4 * 132
+
+
 def test_gpu_kv_bytes_follow_the_plan(gpu, make_batch):
     batch = make_batch([5], dtype=torch.bfloat16)
     wrapper = planned(batch)
@@ -668,6 +706,16 @@ def test_gpu_counters_are_one_buffer_a_stream(gpu, half_batch, monkeypatch):
         counters = module.calls[-1][1][2]
         assert used.setdefault(stream, counters) is counters
     assert len({id(counters) for counters in used.values()}) == 3
+
+
+def test_gpu_counters_of_a_capture_are_no_streams(monkeypatch):
+    """A graph is replayed on any stream: it has counters of its own, and asks no stream while it is captured."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: SimpleNamespace(cuda_stream=7))
+    wrapper = SimpleNamespace(device=torch.device("cuda", 0), _is_capturing=lambda: True)
+    current_stream = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper._current_stream
+    assert current_stream(wrapper) is None
+    wrapper._is_capturing = lambda: False
+    assert current_stream(wrapper) == 7
 
 
 class Recorder(TorchDispatchMode):
@@ -1055,10 +1103,22 @@ def test_gpu_prefetch_kv(gpu, half_batch, far):
     assert args[12] is wrapper._running and args[12].tolist() == [0]
     fi_prefetch.prefetch_kv(wrapper, half_batch.cache, budget=0.25)
     assert module.calls[-1][1][9] == (50 << 20) // 4
+    assert module.calls[-1][1][12] is args[12], "a graph may have been captured with it"
     count = len(module.calls)
     assert fi_prefetch.prefetch_kv(wrapper, half_batch.cache, budget=0) is False
     assert fi_prefetch.prefetch_kv(wrapper, far(half_batch)) is False
     assert len(module.calls) == count
+
+
+def test_gpu_prefetch_kv_comes_after_what_the_current_stream_holds(gpu, half_batch, monkeypatch):
+    happened = []
+    wrapper = planned(half_batch)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: "the current one")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: happened.append("in it") or contextlib.nullcontext())
+    monkeypatch.setattr(FakeModule, "prefetch_kv", lambda self, *args: happened.append("launch"))
+    stream = SimpleNamespace(wait_stream=lambda other: happened.append(f"waits for {other}"))
+    assert fi_prefetch.prefetch_kv(wrapper, half_batch.cache, stream=stream) is True
+    assert happened == ["waits for the current one", "in it", "launch"]
 
 
 def test_gpu_empty_batch_launches_nothing(gpu):
@@ -1111,6 +1171,12 @@ def test_gpu_check_contents_is_asked_for(gpu, half_batch, monkeypatch):
         wrapper.run(half_batch.q, half_batch.cache)
     assert not any(name == "run" for name in only(gpu.modules).names())
     assert "FI_PREFETCH_CHECK" not in os.environ
+    # While a graph is captured nothing can be read.
+    monkeypatch.setattr(checks, "page_table", None)
+    monkeypatch.setattr(FakeModule, "run", lambda self, *args: self.calls.append(("run", ())))
+    monkeypatch.setattr(wrapper, "_is_capturing", lambda: True)
+    wrapper.run(half_batch.q, half_batch.cache)
+    assert only(gpu.modules).names()[-1] == "run"
 
 
 def test_decisions_are_made_on_the_wrappers_device(gpu, half_batch, monkeypatch):
