@@ -62,14 +62,12 @@ def parse_junit(text: str) -> Counts:
 def run_random(root: Path, echo: Echo, cases: int, seed: int | None = None) -> Counts:
     """Runs `cases` random cases of the checkout at `root`; `seed`: a new one where None."""
     arguments = ["--cases", str(cases), *([] if seed is None else ["--seed", str(seed)])]
-    output, status = _stream([sys.executable, RANDOM_SCRIPT, *arguments], root, echo)
-    return _believed(parse_script(output), status)
+    return _counted(parse_script, [sys.executable, RANDOM_SCRIPT, *arguments], root, echo)
 
 
 def run_soak(root: Path, echo: Echo, calls: int) -> Counts:
     """Makes `calls` calls with the soak of the checkout at `root`."""
-    output, status = _stream([sys.executable, SOAK_SCRIPT, "--calls", str(calls)], root, echo)
-    return _believed(parse_script(output), status)
+    return _counted(parse_script, [sys.executable, SOAK_SCRIPT, "--calls", str(calls)], root, echo)
 
 
 def parse_script(output: str) -> Counts:
@@ -102,15 +100,14 @@ def kernel_filter(sanitizer: str) -> tuple[str, ...]:
 def run_sanitizer(root: Path, tool: str, echo: Echo) -> Counts:
     """Runs one compute-sanitizer tool over the sanitizer script of the checkout at `root`."""
     sanitizer = sanitizer_path()
+    parse = functools.partial(parse_sanitizer, tool)
     if tool == "initcheck":
         # It must see who writes, so all kernels are instrumented, and PyTorch must not hand out memory again that was
         # written before.
         command = [sanitizer, "--tool", tool, sys.executable, SANITIZE_SCRIPT, "--initcheck"]
-        output, status = _stream(command, root, echo, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    else:
-        command = [sanitizer, "--tool", tool, *kernel_filter(sanitizer), sys.executable, SANITIZE_SCRIPT]
-        output, status = _stream(command, root, echo)
-    return _believed(parse_sanitizer(tool, output), status)
+        return _counted(parse, command, root, echo, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    command = [sanitizer, "--tool", tool, *kernel_filter(sanitizer), sys.executable, SANITIZE_SCRIPT]
+    return _counted(parse, command, root, echo)
 
 
 def parse_sanitizer(tool: str, output: str) -> Counts:
@@ -124,6 +121,15 @@ def parse_sanitizer(tool: str, output: str) -> Counts:
         missing = "the tool's summary" if summary is None else "the script's last line"
         raise CheckError(f"{tool}: {missing} is missing from the output: {output[-500:].strip()!r}")
     return Counts(int(cases[1]), int(cases[2]) + int(summary[1]), 0)
+
+
+def _counted(
+    parse: Callable[[str], Counts], command: Sequence[str], root: Path, echo: Echo,
+    variables: Mapping[str, str] | None = None,
+) -> Counts:  # fmt: skip
+    """Runs a command at `root`; the counts that `parse` finds in what it printed."""
+    output, status = _stream(command, root, echo, variables)
+    return _believed(parse(output), status)
 
 
 def _believed(counts: Counts, status: int) -> Counts:
