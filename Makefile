@@ -13,13 +13,12 @@ RUN := $(VENV)/bin
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 CUDA_SOURCES := $(wildcard csrc/* fi_prefetch/bench/*.cu tests/gpu/*.cu tests/emulator/*.h tests/emulator/*.cuh)
-OLDEST_SGLANG := tests/sglang/.venv/0.5.16
-# One kernel through its JIT, and all that touches its API.
-OLDEST_TESTS := 'tests/cpu/test_compile.py::test_instructions[sm90a-q_bf16_kv_bf16_o_bf16_hd64_swa0_cap0]' \
+# One kernel through FlashInfer's JIT, and all that touches its API.
+OLDER_TESTS := 'tests/cpu/test_compile.py::test_instructions[sm90a-q_bf16_kv_bf16_o_bf16_hd64_swa0_cap0]' \
     tests/cpu/test_api.py tests/cpu/test_dispatch.py tests/cpu/test_jit.py tests/cpu/test_wrapper.py
-OLDEST_TOOLS := $(abspath $(VENV))/for-oldest-flashinfer
+OLDER_TOOLS := $(abspath $(VENV))/for-older-flashinfer
 
-.PHONY: demo test test-oldest test-gpu lint format dist docs refresh clean
+.PHONY: demo test test-older test-gpu lint format dist docs refresh clean
 
 demo: $(VENV)/made-from
 	$(RUN)/fi-prefetch demo
@@ -30,13 +29,15 @@ test: $(VENV)/made-from
 	$(RUN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --max-worker-restart 0 --dist loadgroup \
 	    tests/cpu tests/sglang
 
-# The wrapper on the oldest FlashInfer it supports, 0.6.14: the one beside the oldest SGLang that is tested.
-test-oldest: $(VENV)/made-from
+# The wrapper on the older FlashInfer releases it supports, 0.6.14 and 0.7.2: those beside the SGLangs that are tested.
+test-older: $(VENV)/made-from
 	$(RUN)/python tests/sglang/make_env.py
-	test -d $(OLDEST_TOOLS) || $(RUN)/pip install --quiet --target $(OLDEST_TOOLS) \
+	test -d $(OLDER_TOOLS) || $(RUN)/pip install --quiet --target $(OLDER_TOOLS) \
 	    pytest pytest-xdist hypothesis ninja nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	PATH="$(OLDEST_TOOLS)/bin:$$PATH" PYTHONPATH=$(OLDEST_TOOLS) \
-	    $(OLDEST_SGLANG)/bin/python -m pytest -p no:cacheprovider $(OLDEST_TESTS)
+	for sglang in 0.5.16 0.5.23; do \
+	    PATH="$(OLDER_TOOLS)/bin:$$PATH" PYTHONPATH=$(OLDER_TOOLS) \
+	        tests/sglang/.venv/$$sglang/bin/python -m pytest -p no:cacheprovider $(OLDER_TESTS) || exit 1; \
+	done
 
 # Needs a GPU. Add `--record` by hand: `.venv/bin/fi-prefetch check --record`.
 test-gpu: $(VENV)/made-from

@@ -29,6 +29,16 @@ def integer(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
+def boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r} ({type(value).__name__})")
+
+
+def made_contiguous(value: Any) -> Any:
+    """A tensor without gaps: kernels read page tables by their address alone. What is no tensor, as it is."""
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
+
+
 def torch_dtype(name: str, value: torch.dtype | str) -> torch.dtype:
     """A dtype, or a dtype's name such as "float16"."""
     if isinstance(value, torch.dtype):

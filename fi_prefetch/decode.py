@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import flashinfer
 import flashinfer.decode
 import torch
 from flashinfer.utils import device_support_pdl
@@ -30,7 +32,17 @@ logger = logging.getLogger("fi_prefetch")
 _FlashInferWrapper = flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper
 _FlashInferGraphWrapper = flashinfer.decode.CUDAGraphBatchDecodeWithPagedKVCacheWrapper
 
+# 0.7 has the planner apart from `plan`, which would call ours again.
+_PLANNER = "_plan_impl" if hasattr(_FlashInferWrapper, "_plan_impl") else "plan"
+# What came after the oldest supported release.
+_HAS_JIT_KWARGS = "jit_kwargs" in inspect.signature(_FlashInferWrapper.__init__).parameters
+_HAS_TOKEN_HEAD_SF = "use_token_head_sf" in inspect.signature(getattr(_FlashInferWrapper, _PLANNER)).parameters
+# In which FlashInfer's XQA kernel counts, at the start of the float workspace.
+_XQA_COUNTER_BYTES = 8 << 20
+
 _MAX_DECISIONS = 1024
+# What `forward` takes: pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta.
+_Parameters = tuple[str, int, float | None, float | None, float | None, float | None]
 _NOT_PLANNED = Decision(None, KernelChoice("none", "plan() has not run yet"))  # type: ignore[arg-type]
 
 
@@ -60,6 +72,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         paged_kv_last_page_len_buffer: torch.Tensor | None = None,
         backend: str = "auto",
         jit_args: list[Any] | None = None,
+        jit_kwargs: dict[str, Any] | None = None,
         *,
         prefetch: PrefetchPolicy | str | None = None,
         ready: str = "nothing",
@@ -74,8 +87,11 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
                 programmatic dependent launch: "nothing"; "page_table" (indptr, indices, last_page_len); or
                 "all_but_last_token" (these, and all KV but each request's last token).
 
-        Raises ValueError or TypeError for a bad argument, by name.
+        Raises ValueError or TypeError for a bad argument, by name; TypeError also for `jit_kwargs` where the installed
+        FlashInfer does not know it.
         """
+        if jit_kwargs is not None and not _HAS_JIT_KWARGS:
+            raise TypeError(f"jit_kwargs: FlashInfer {flashinfer.__version__} has no such argument")
         checks.workspace("float_workspace_buffer", float_workspace_buffer)
         checks.one_of("kv_layout", kv_layout, checks.KV_LAYOUTS)
         checks.one_of("ready", ready, tuple(READY_CODES))
@@ -105,7 +121,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         if float_workspace_buffer.device.type == "cpu":
             self._init_on_cpu(*arguments)
         else:
-            _FlashInferWrapper.__init__(self, *arguments)
+            newer = {} if jit_kwargs is None else {"jit_kwargs": jit_kwargs}
+            _FlashInferWrapper.__init__(self, *arguments, **newer)
 
         self._check_contents = self.device.type == "cpu" or os.environ.get("FI_PREFETCH_CHECK") == "1"
         self._decision = _NOT_PLANNED
@@ -231,6 +248,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         *,
         window_right: int = 0,
         is_causal: bool | None = None,
+        use_token_head_sf: bool = False,
     ) -> None:
         """Plans the decode of a batch, as FlashInfer's `plan`.
 
@@ -238,7 +256,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         The page table is read when `run` runs, and may change until then in the buffers of a CUDA-graph wrapper.
 
         Args:
-            indptr: int32 [batch_size + 1], contiguous, on the wrapper's device or the CPU.
+            indptr: int32 [batch_size + 1], on the wrapper's device or the CPU; like the next two, copied first if it
+                has gaps.
             indices: int32 [at least indptr[-1]], page numbers.
             last_page_len: int32 [batch_size], 1 to page_size; 0 only for a request without pages.
             q_len_per_req: query tokens a request, its newest ones; our kernel needs no tensor-core wrapper for it.
@@ -248,15 +267,17 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
 
         The other arguments are FlashInfer's.
 
-        Raises ValueError or TypeError for a bad argument, by name.
+        Raises ValueError or TypeError for a bad argument, by name; TypeError also for `use_token_head_sf` where the
+        installed FlashInfer does not know it.
         """
+        indptr, indices, last_page_len = map(checks.made_contiguous, (indptr, indices, last_page_len))
         checks.plan_arguments(
             indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, self.device
         )
         spec = self._spec(
             indptr.dtype, last_page_len.shape[0], num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode,
             window_left, logits_soft_cap, q_data_type, kv_data_type, o_data_type, data_type, fixed_split_size,
-            disable_split_kv, q_len_per_req, window_right, is_causal,
+            disable_split_kv, q_len_per_req, window_right, is_causal, use_token_head_sf,
         )  # fmt: skip
         if self._use_cuda_graph:
             self._check_graph_shape(spec, indices)
@@ -282,7 +303,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         self, dtype_index: torch.dtype, batch_size: int, num_qo_heads: int, num_kv_heads: int, head_dim: int,
         page_size: int, pos_encoding_mode: str, window_left: int, logits_soft_cap: float | None, q_data_type: Any,
         kv_data_type: Any, o_data_type: Any, data_type: Any, fixed_split_size: int | None, disable_split_kv: bool,
-        q_len_per_req: int, window_right: int, is_causal: bool | None,
+        q_len_per_req: int, window_right: int, is_causal: bool | None, use_token_head_sf: bool = False,
     ) -> DecodeSpec:  # fmt: skip
         """`plan`'s arguments with FlashInfer's defaults filled in, checked."""
         if q_data_type is None:
@@ -293,6 +314,12 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         checks.one_of("pos_encoding_mode", pos_encoding_mode, checks.POS_ENCODING_MODES)
         checks.integer("window_left", window_left, -1)
         checks.integer("q_len_per_req", q_len_per_req, 1)
+        if fixed_split_size is not None:
+            checks.integer("fixed_split_size", fixed_split_size, -1)
+            fixed_split_size = int(fixed_split_size)
+        checks.boolean("use_token_head_sf", use_token_head_sf)
+        if use_token_head_sf and not _HAS_TOKEN_HEAD_SF:
+            raise TypeError(f"use_token_head_sf: FlashInfer {flashinfer.__version__} has no such argument")
         if self._use_cuda_graph:
             dtype_index = self._paged_kv_indptr_buf.dtype
         return DecodeSpec(
@@ -316,6 +343,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             window_right,
             is_causal,
             self._use_cuda_graph,
+            use_token_head_sf,
         )
 
     def _check_graph_shape(self, spec: DecodeSpec, indices: torch.Tensor) -> None:
@@ -488,8 +516,11 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         """FlashInfer 0.7 asks where to plan; True leads its fast_decode_plan to `_plan_impl`, which is ours."""
         if self._flashinfer_asks or self._choice.kernel not in ("fi_prefetch", "reference"):
             return super()._auto_prefers_cudnn(*args, **kwargs)
-        # The fast path needs a GPU, and tensor cores for several query tokens; `plan` does not.
-        return self.device.type == "cpu" or (args[11] > 1 and not self._use_tensor_cores)
+        # The fast path needs a GPU, and without tensor cores it has no place for several query tokens and fixed splits.
+        beyond_cuda_cores = (
+            args[11] > 1 or kwargs.get("fixed_split_size") is not None or bool(kwargs.get("disable_split_kv"))
+        )
+        return self.device.type == "cpu" or (beyond_cuda_cores and not self._use_tensor_cores)
 
     def _plan_with_flashinfer(
         self, spec: DecodeSpec, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor,
@@ -501,10 +532,10 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             arguments["window_right"] = spec.window_right
         if spec.is_causal is not None:
             arguments["is_causal"] = spec.is_causal
-        # 0.7 has the planner apart from `plan`, which would call ours again.
-        planner = getattr(_FlashInferWrapper, "_plan_impl", _FlashInferWrapper.plan)
+        if spec.use_token_head_sf:
+            arguments["use_token_head_sf"] = True
         with self._flashinfer():
-            planner(
+            getattr(_FlashInferWrapper, _PLANNER)(
                 self,
                 indptr,
                 indices,
@@ -548,6 +579,13 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             self._module.flashinfers = self._cached_module
             self._cached_module = self._module
         self._choice = KernelChoice("flashinfer", reason)
+        return self._flashinfers_run(q, cache, *args, **kwargs)
+
+    def _flashinfers_run(self, q: torch.Tensor, cache: Any, *args: Any, **kwargs: Any) -> Any:
+        """FlashInfer's run of its own plan."""
+        if getattr(self, "_use_xqa_mtp_decode", False) and self._counters:
+            # Its XQA kernel must find zeros where it counts, and our kernel may have left partial results there.
+            self._float_workspace_buffer.view(torch.uint8).flatten()[:_XQA_COUNTER_BYTES].zero_()
         return _FlashInferWrapper.run(self, q, cache, *args, **kwargs)
 
     def _is_capturing(self) -> bool:
@@ -604,7 +642,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             "skip_softmax_threshold_scale_factor": skip_softmax_threshold_scale_factor,
         }  # fmt: skip
         if decision.choice.kernel == "flashinfer":
-            return _FlashInferWrapper.run(self, q, paged_kv_cache, *args, **passed)
+            return self._flashinfers_run(q, paged_kv_cache, *args, **passed)
         if unserved_arguments:
             return self._run_with_flashinfer(
                 "positional arguments, skip_softmax_threshold_scale_factor or kv_cache_sf were given",
@@ -805,6 +843,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
 
         Raises NotImplementedError where FlashInfer serves and its release cannot say.
         """
+        indptr, indices, last_page_len = map(checks.made_contiguous, (indptr, indices, last_page_len))
         checks.plan_arguments(
             indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, self.device
         )

@@ -29,6 +29,7 @@ class DecodeSpec(NamedTuple):
         custom_variant: whether `jit_args` brought a kernel of the user's own.
         fixed_split_size, disable_split_kv, window_right, is_causal: as in `plan()`.
         use_cuda_graph: whether the wrapper's page-table buffers are fixed.
+        use_token_head_sf: as in `plan()`.
     """
 
     dtype_q: torch.dtype
@@ -51,6 +52,7 @@ class DecodeSpec(NamedTuple):
     window_right: int = 0
     is_causal: bool | None = None
     use_cuda_graph: bool = False
+    use_token_head_sf: bool = False
 
     @property
     def group_size(self) -> int:
@@ -113,6 +115,8 @@ def _obstacle(spec: DecodeSpec, facts: GpuFacts) -> str | None:
         return "jit_args asks for a custom attention variant"
     if spec.backend not in ("auto", "fi_prefetch"):
         return f"backend={spec.backend!r} was asked for"
+    if spec.use_token_head_sf:
+        return "use_token_head_sf asks for a scale of each token and head"
     major, minor = facts.capability
     if major not in SUPPORTED_MAJORS:
         return f"compute capability {major}.{minor} is not one of {', '.join(f'{m}.x' for m in SUPPORTED_MAJORS)}"
@@ -141,6 +145,8 @@ def _obstacle(spec: DecodeSpec, facts: GpuFacts) -> str | None:
 def _reference_obstacle(spec: DecodeSpec) -> str | None:
     if spec.custom_variant:
         return "jit_args asks for a custom attention variant, which needs a CUDA device"
+    if spec.use_token_head_sf:
+        return "use_token_head_sf asks for a scale of each token and head, which needs a CUDA device"
     if spec.dtype_kv == torch.uint8:
         return "an NVFP4 KV cache needs a CUDA device"
     if spec.window_right != 0:

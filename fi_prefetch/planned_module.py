@@ -13,7 +13,7 @@ class PlannedModule:
     """Takes FlashInfer's fast planning to the wrapper, and the rest to FlashInfer's module.
 
     `flashinfer.decode.fast_decode_plan` calls `plan` with the arguments of FlashInfer's CUDA-core module (15) or of its
-    tensor-core modules (16, 19 or 20).
+    tensor-core modules (16; 19 in 0.6, 20 in 0.7.2, 21 in 0.7.4).
 
     Attributes:
         flashinfers: FlashInfer's module for the same plan, there after a run that our kernel could not serve.
@@ -31,8 +31,10 @@ class PlannedModule:
         if len(args) == 15:
             indptr_host, batch_size, num_qo_heads, num_kv_heads, page_size = args[3:8]
             window_left, logits_soft_cap, head_dim = args[9:12]
-            changes = {"logits_soft_cap": logits_soft_cap, "fixed_split_size": None, "disable_split_kv": False}
-        elif len(args) in (16, 19, 20):
+            # There is no place for fixed splits: those of the plan stay. 0.7 asks before where to plan, and a call that
+            # names splits of its own does not come here (`_auto_prefers_cudnn`).
+            changes = {"logits_soft_cap": logits_soft_cap}
+        elif len(args) in (16, 19, 20, 21):
             indptr_host = args[4]
             batch_size, num_qo_heads, num_kv_heads, page_size = args[7:11]
             head_dim, window_left = args[12], args[15]
@@ -42,7 +44,7 @@ class PlannedModule:
                 "disable_split_kv": disable_split_kv,
             }
         else:
-            raise TypeError(f"plan: expected FlashInfer's 15, 16, 19 or 20 arguments, got {len(args)}")
+            raise TypeError(f"plan: expected FlashInfer's 15, 16 or 19 to 21 arguments, got {len(args)}")
         return wrapper._plan_again(
             indptr_host,
             batch_size=batch_size,

@@ -275,7 +275,7 @@ except jit.KernelUnavailableError as error:
 @pytest.mark.parametrize("case", CASES[:1])
 def test_what_was_compiled_ahead_is_loaded_where_there_is_no_nvcc(case, tmp_path):
     """Up to the loaded module: `fi-prefetch build --aot`, then a process that finds no compiler and an empty cache."""
-    # The oldest FlashInfer's environment, in which some of this file runs, has not all that the command line needs.
+    # The older FlashInfers' environments, in which some of this file runs, have not all that the command line needs.
     from click.testing import CliRunner
 
     from fi_prefetch import cli

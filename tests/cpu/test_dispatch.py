@@ -63,6 +63,10 @@ UNSERVED = {
     "ALiBi under a soft cap": ({"pos_encoding_mode": "ALIBI", "logits_soft_cap": 30.0}, "'ALIBI' with logits_soft_cap"),
     "another backend": ({"backend": "fa2"}, "backend='fa2'"),
     "custom variant": ({"custom_variant": True}, "jit_args"),
+    "a scale of each token and head": (
+        {"use_token_head_sf": True, "dtype_kv": torch.float8_e4m3fn},
+        "use_token_head_sf",
+    ),
     "window to the right": ({"window_right": -1}, "window_right=-1"),
     "causal against its nature": ({"is_causal": True}, "is_causal=True"),
     "not causal": ({"is_causal": False, "q_len_per_req": 2}, "is_causal=False"),
@@ -108,7 +112,10 @@ def test_without_a_gpu():
     for changes in SERVED.values():
         assert dispatch.choose(LLAMA._replace(**changes), None).kernel == "reference"
     assert dispatch.choose(LLAMA._replace(pos_encoding_mode="ALIBI"), None).kernel == "reference"
-    for changes in ({"custom_variant": True}, {"dtype_kv": torch.uint8}, {"window_right": 1}, {"is_causal": True}):
+    for changes in (
+        {"custom_variant": True}, {"dtype_kv": torch.uint8}, {"window_right": 1}, {"is_causal": True},
+        {"use_token_head_sf": True},
+    ):  # fmt: skip
         choice = dispatch.choose(LLAMA._replace(**changes), None)
         assert choice.kernel == "none" and choice.reason
 

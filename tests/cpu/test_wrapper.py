@@ -22,7 +22,9 @@ import fi_prefetch
 from fi_prefetch import checks, decision, decode, device, dispatch, jit, reference
 from fi_prefetch.prefetch import PrefetchPolicy
 
-HAS_0_7 = hasattr(flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper, "_plan_impl")
+THEIRS = flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper
+HAS_0_7 = hasattr(THEIRS, "_plan_impl")
+HAS_0_7_4 = "jit_kwargs" in inspect.signature(THEIRS.__init__).parameters
 
 
 def workspace(num_bytes: int = 1 << 20) -> torch.Tensor:
@@ -317,6 +319,33 @@ def test_unsupported_on_the_cpu(batch):
         wrapper.plan(*batch.table, *batch.shape, kv_data_type=torch.uint8)
     with pytest.raises(NotImplementedError, match="jit_args"):
         fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(), jit_args=["name"])
+    if HAS_0_7_4:
+        with pytest.raises(NotImplementedError, match="use_token_head_sf.*CUDA device"):
+            wrapper.plan(*batch.table, *batch.shape, use_token_head_sf=True, kv_data_type=torch.float8_e4m3fn)
+
+
+def test_what_the_release_does_not_know_is_refused(batch, dense_decode):
+    if HAS_0_7_4:
+        return
+    with pytest.raises(TypeError, match=f"jit_kwargs: FlashInfer {flashinfer.__version__} has no such argument"):
+        fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(), jit_kwargs={})
+    wrapper = planned(batch)
+    with pytest.raises(TypeError, match="use_token_head_sf: FlashInfer .* has no such argument"):
+        wrapper.plan(*batch.table, *batch.shape, use_token_head_sf=True, **batch.dtypes)
+    assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
+
+
+def test_jit_kwargs_reach_flashinfer(monkeypatch):
+    given = []
+    monkeypatch.setattr(THEIRS, "__init__", lambda self, *args, **kwargs: given.append((args[8], kwargs)) or None)
+    ours = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper
+    buffer = torch.empty(64, dtype=torch.uint8, device="meta")  # no CPU's: FlashInfer's constructor is called
+    monkeypatch.setattr(ours, "device", torch.device("meta"), raising=False)
+    ours(buffer, jit_args=["name"])
+    if HAS_0_7_4:
+        ours(buffer, "NHD", False, False, None, None, None, "fa2", ["name"], {"use_fast_math": True})
+        assert given[1:] == [(["name"], {"jit_kwargs": {"use_fast_math": True}})]
+    assert given[0] == (["name"], {})
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -347,7 +376,6 @@ BAD_PLAN = {
     "indptr dtype": ({"indptr": torch.zeros(5)}, ValueError, "indptr.*float32"),
     "indptr rank": ({"indptr": torch.zeros(5, 1, dtype=INT)}, ValueError, r"indptr.*\(5, 1\)"),
     "indptr length": ({"indptr": torch.zeros(4, dtype=INT)}, ValueError, "indptr.*5 entries.*got 4"),
-    "indptr stride": ({"indptr": torch.zeros(10, dtype=INT)[::2]}, ValueError, "indptr.*stride 2"),
     "indptr type": ({"indptr": [0, 1]}, TypeError, "indptr.*list"),
     "indices dtype": ({"indices": torch.zeros(5, dtype=torch.int64)}, ValueError, "indices.*int32.*int64"),
     "indices device": ({"indices": torch.zeros(5, dtype=INT, device="meta")}, ValueError, "indices.*cpu.*meta"),
@@ -358,6 +386,10 @@ BAD_PLAN = {
     "page_size": ({"page_size": -16}, ValueError, "page_size.*-16"),
     "q_len_per_req": ({"q_len_per_req": 0}, ValueError, "q_len_per_req.*0"),
     "window_left": ({"window_left": -2}, ValueError, "window_left.*-2"),
+    "fixed_split_size": ({"fixed_split_size": -2}, ValueError, "fixed_split_size.*at least -1.*-2"),
+    "fixed_split_size type": ({"fixed_split_size": 4.0}, TypeError, "fixed_split_size.*int.*4.0"),
+    "fixed_split_size that is a yes": ({"fixed_split_size": True}, TypeError, "fixed_split_size.*int.*True"),
+    "use_token_head_sf type": ({"use_token_head_sf": 1}, TypeError, "use_token_head_sf.*bool.*1"),
     "pos_encoding_mode": ({"pos_encoding_mode": "ROPE"}, ValueError, "pos_encoding_mode.*'ROPE'"),
     "q_data_type": ({"q_data_type": "float99"}, TypeError, "q_data_type.*'float99'"),
     "no q_data_type": ({"q_data_type": None}, TypeError, "q_data_type.*None"),
@@ -1017,11 +1049,11 @@ def fast_plan_arguments(wrapper, batch, form: int) -> tuple[Any, ...]:
         empty = torch.empty(0, dtype=torch.float16)
         return (*buffers, batch.indptr, size, *heads, -1, 0.0, head_dim, head_dim, empty, empty)
     table = (torch.arange(size + 1), batch.indptr, torch.tensor(batch.lengths))
-    args = (*buffers, *table, size, size, *heads, head_dim, head_dim, False, -1, -1, False, 0, 0)
+    args = (*buffers, *table, size, size, *heads, head_dim, head_dim, False, -1, -1, False, 0, 0, True)
     return args[:form]
 
 
-@pytest.mark.parametrize("form", [15, 16, 19, 20])
+@pytest.mark.parametrize("form", [15, 16, 19, 20, 21])
 def test_gpu_fast_plan(gpu, half_batch, make_batch, dense_decode, form, far):
     """FlashInfer's fast_decode_plan itself needs a CUDA device; this does what it does with the wrapper."""
     wrapper = planned(half_batch, use_tensor_cores=form != 15)
@@ -1056,7 +1088,94 @@ def test_gpu_fast_plan_that_ours_cannot_serve(gpu, half_batch, make_batch):
         wrapper._module.plan(1, 2, 3)
 
 
-@pytest.mark.parametrize("form", [19, 20])
+@pytest.mark.parametrize("tensor_cores", [False, True])
+@pytest.mark.parametrize("splits", [{}, {"fixed_split_size": 2}, {"disable_split_kv": True}])
+def test_gpu_flashinfers_fast_decode_plan(gpu, half_batch, make_batch, dense_decode, monkeypatch, tensor_cores, splits):
+    """It itself, as this release has it: how many arguments it plans with, and what it reads and leaves."""
+    wrapper = planned(half_batch, use_tensor_cores=tensor_cores, **splits)
+    monkeypatch.setattr(torch.cuda, "device", lambda where: contextlib.nullcontext())
+    if HAS_0_7:  # on the CPU ours would lead it to the full plan
+        monkeypatch.setattr(wrapper, "_auto_prefers_cudnn", lambda *args, **kwargs: False)
+    later = make_batch([40, 1, 17], seed=1, dtype=torch.bfloat16)
+    flashinfer.decode.fast_decode_plan(wrapper, *later.table, *later.shape, **later.dtypes, **splits)
+    assert_decodes(wrapper.run(later.q, later.cache, return_lse=True), dense_decode(later), rtol=1e-2)
+    assert wrapper.kernel_choice.kernel == "fi_prefetch" and not gpu.flashinfers
+    assert wrapper._decision.module.variant.fixed_split == bool(splits)
+
+
+@pytest.mark.parametrize("splits", [{"fixed_split_size": 2}, {"disable_split_kv": True}])
+def test_gpu_fast_plan_without_tensor_cores_keeps_the_plans_splits(gpu, half_batch, make_batch, dense_decode, splits):
+    """Its 15 arguments do not name them, and to drop them would be to drop what they were asked for."""
+    wrapper = planned(half_batch, **splits)
+    later = make_batch([40, 1, 17], seed=1, dtype=torch.bfloat16)
+    wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf, wrapper._paged_kv_last_page_len_buf = later.table
+    wrapper._plan_info = wrapper._cached_module.plan(*fast_plan_arguments(wrapper, later, 15))
+    assert_decodes(wrapper.run(later.q, later.cache, return_lse=True), dense_decode(later), rtol=1e-2)
+    module = wrapper._decision.module
+    assert module.variant.fixed_split and not gpu.flashinfers
+    tokens = 32 if "fixed_split_size" in splits else dispatch.WHOLE_REQUEST
+    assert module.calls[-2][0] == "fix_splits" and module.calls[-2][1][0] == tokens
+
+
+@pytest.mark.parametrize(
+    ("tensor_cores", "q_len", "asked", "full_plan"),
+    [
+        (False, 1, {}, False),
+        (False, 1, {"fixed_split_size": None, "disable_split_kv": False}, False),
+        (False, 1, {"fixed_split_size": 2}, True),
+        (False, 1, {"fixed_split_size": -1}, True),
+        (False, 1, {"disable_split_kv": True}, True),
+        (False, 2, {}, True),
+        (True, 1, {"fixed_split_size": 2, "disable_split_kv": True}, False),
+        (True, 2, {}, False),
+    ],
+)
+def test_gpu_fast_decode_plan_is_led_to_the_full_plan(gpu, half_batch, tensor_cores, q_len, asked, full_plan):
+    """0.7's fast path, which asks first: it goes to the full plan where it has no place for what was asked for."""
+    wrapper = planned(half_batch, use_tensor_cores=tensor_cores)
+    wrapper.device = torch.device("cuda", 0)
+    names = (torch.bfloat16,) * 3 + (64, 4, 2, 4, 16, "NONE", -1, 0.0, q_len)
+    assert wrapper._auto_prefers_cudnn(*names, user_block_tables=False, **asked) is full_plan
+
+
+def test_gpu_scales_of_tokens_and_heads(gpu, half_batch):
+    if not HAS_0_7_4:
+        return  # test_what_the_release_does_not_know_is_refused
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    plan = {"q_data_type": torch.bfloat16, "kv_data_type": torch.float8_e4m3fn}
+    wrapper.plan(*half_batch.table, *half_batch.shape, use_token_head_sf=True, **plan)
+    assert wrapper.kernel_choice.kernel == "flashinfer" and "use_token_head_sf" in wrapper.kernel_choice.reason
+    scales = (torch.ones(3, 16, 2), torch.ones(3, 16, 2))
+    assert wrapper.run(half_batch.q, half_batch.cache, kv_cache_sf=scales) == "their result"
+    assert gpu.flashinfers[0][1]["use_token_head_sf"] is True and gpu.flashinfers[1][1]["kv_cache_sf"] is scales
+    wrapper.plan(*half_batch.table, *half_batch.shape, **plan)
+    assert wrapper.kernel_choice.kernel == "fi_prefetch"
+    # What FlashInfer plans next is without them.
+    wrapper.plan(*half_batch.table, *half_batch.shape, q_len_per_req=9, **plan)
+    assert "use_token_head_sf" not in gpu.flashinfers[-1][1]
+
+
+def test_gpu_xqa_finds_its_counters_zero(gpu, half_batch, far):
+    """FlashInfer 0.7.4 may choose XQA for its plan, which counts where our kernel leaves partial results."""
+    wrapper = planned(half_batch, workspace_bytes=9 << 20)
+    buffer = wrapper._float_workspace_buffer
+    for chosen, zeroed in ((False, 0), (True, 8 << 20)):
+        wrapper.run(half_batch.q, half_batch.cache)
+        wrapper._use_xqa_mtp_decode = chosen  # as FlashInfer's plan leaves it
+        buffer.fill_(1)
+        assert wrapper.run(half_batch.q, far(half_batch)) == "their result"
+        assert not buffer[:zeroed].any() and buffer[zeroed:].all()
+
+
+def test_gpu_xqa_of_a_wrapper_that_ours_never_served_is_left_alone(gpu, half_batch):
+    wrapper = planned(half_batch, workspace_bytes=9 << 20, pos_encoding_mode="ALIBI", logits_soft_cap=30.0)
+    wrapper._use_xqa_mtp_decode = True
+    wrapper._float_workspace_buffer.fill_(1)
+    assert wrapper.run(half_batch.q, half_batch.cache) == "their result"
+    assert wrapper._float_workspace_buffer.all()
+
+
+@pytest.mark.parametrize("form", [19, 20, 21])
 @pytest.mark.parametrize(("size", "whole"), [(2, False), (-1, True)])
 def test_gpu_fast_plan_of_fixed_splits(gpu, half_batch, make_batch, dense_decode, form, size, whole):
     wrapper = planned(half_batch, use_tensor_cores=True)
