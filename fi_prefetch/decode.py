@@ -700,25 +700,89 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 
+    def forward(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        pos_encoding_mode: str = "NONE",
+        q_scale: float | torch.Tensor | None = None,
+        k_scale: float | torch.Tensor | None = None,
+        v_scale: float | torch.Tensor | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+    ) -> torch.Tensor:
+        """FlashInfer's deprecated `run`: its position mode, window, cap and scales replace the plan's, for good."""
+        parameters = (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        return self._run_with(parameters, q, paged_kv_cache, q_scale, k_scale, v_scale, return_lse=False)
+
+    def forward_return_lse(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        pos_encoding_mode: str = "NONE",
+        q_scale: float | torch.Tensor | None = None,
+        k_scale: float | torch.Tensor | None = None,
+        v_scale: float | torch.Tensor | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, with the LSE."""
+        parameters = (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        return self._run_with(parameters, q, paged_kv_cache, q_scale, k_scale, v_scale, return_lse=True)
+
+    def _run_with(
+        self, parameters: _Parameters, q: torch.Tensor, paged_kv_cache: Any, q_scale: Any, k_scale: Any, v_scale: Any,
+        return_lse: bool,
+    ) -> Any:  # fmt: skip
+        """`run` after its parameters are set.
+
+        FlashInfer sets them as attributes for `run` to read. Under torch.compile such a write takes effect when the
+        compiled code is done, while `run` reads when that code runs: every layer would get what the call before left.
+        So there they travel as arguments of the custom op.
+        """
+        if torch.compiler.is_compiling():
+            scales = (q_scale, k_scale, v_scale)
+            return self._run_traced(q, paged_kv_cache, *scales, None, None, return_lse, None, None, None, parameters)
+        self._set_parameters(*parameters)
+        return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
+
+    def _set_parameters(
+        self, pos_encoding_mode: str, window_left: int, logits_soft_cap: float | None, sm_scale: float | None,
+        rope_scale: float | None, rope_theta: float | None,
+    ) -> None:  # fmt: skip
+        self._pos_encoding_mode, self._window_left = pos_encoding_mode, window_left
+        self._logits_soft_cap = 0.0 if logits_soft_cap is None else logits_soft_cap
+        self._sm_scale, self._rope_scale, self._rope_theta = sm_scale, rope_scale, rope_theta
+
     def end_forward(self) -> None:
         """FlashInfer's deprecated counterpart of `begin_forward`; does nothing."""
 
     def _run_traced(
         self, q: torch.Tensor, paged_kv_cache: Any, q_scale: Any, k_scale: Any, v_scale: Any, out: torch.Tensor | None,
         lse: torch.Tensor | None, return_lse: bool, enable_pdl: bool | None, window_left: int | None,
-        sinks: torch.Tensor | None,
+        sinks: torch.Tensor | None, parameters: _Parameters | None = None,
     ) -> Any:  # fmt: skip
-        """`run` under torch.compile: one custom op. Reading the planned dtype here makes a new one trace again."""
+        """`run` under torch.compile: one custom op. Reading the planned dtype here makes a new one trace again.
+
+        With `parameters` they are set first, without them those count that are set when the compiled code runs.
+        """
         k, v = checks.paged_kv_cache(paged_kv_cache, self._kv_layout)
         if out is None:
             out = torch.empty(q.shape, dtype=self._cached_o_data_type, device=q.device)
         if return_lse and lse is None:
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         v_number = None if isinstance(v_scale, torch.Tensor) else v_scale
-        torch_op.batch_decode(
-            self._number, q, k, v, out, lse if return_lse else None, q_scale, k_scale, v_number, enable_pdl,
-            window_left, sinks,
-        )  # fmt: skip
+        call = (self._number, q, k, v, out, lse if return_lse else None, q_scale, k_scale, v_number)
+        if parameters is None:
+            torch_op.batch_decode(*call, enable_pdl, window_left, sinks)
+        else:
+            torch_op.batch_decode_with(*call, *parameters)
         if isinstance(v_scale, torch.Tensor):
             out *= v_scale
         return (out, lse) if return_lse else out

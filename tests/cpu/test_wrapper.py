@@ -241,9 +241,93 @@ def test_compiles_with_a_v_scale_on_the_device(batch, dense_decode):
     assert_decodes([attend(batch.q, batch.cache, torch.tensor(2.0))], [2 * dense_decode(batch)[0]])
 
 
+def test_compiled_layers_have_their_own_parameters(make_batch, dense_decode):
+    """`forward` brings scale, cap, window and position mode with each call: no layer gets another one's."""
+    batch = make_batch([5, 16])
+    wrapper = planned(batch, sm_scale=7.0, logits_soft_cap=1.0)
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph
+
+    layers = (
+        {"sm_scale": 0.5, "logits_soft_cap": 2.0},
+        {"sm_scale": 0.1, "window_left": 3},
+        {"q_scale": 2.0, "v_scale": 3.0},
+    )
+
+    @torch.compile(fullgraph=True, backend=count)
+    def attend(q, cache):
+        q = q * 1.0
+        rotary = {"pos_encoding_mode": "ROPE_LLAMA", "rope_scale": 2.0, "rope_theta": 100.0}
+        return (
+            *(wrapper.forward_return_lse(q, cache, **parameters) for parameters in layers),
+            wrapper.forward(q, cache, **rotary),
+        )
+
+    def expected(of):
+        yield dense_decode(of, sm_scale=0.5, soft_cap=2.0)
+        yield dense_decode(of, sm_scale=0.1, window_left=3)
+        out, lse = dense_decode(of, sm_scale=2 * 64**-0.5)
+        yield 3 * out, lse
+
+    def check(of):
+        *results, rotated = attend(of.q, of.cache)
+        for result, want in zip(results, expected(of), strict=True):
+            assert_decodes(result, want)
+        rotary = {"pos_encoding_mode": "ROPE_LLAMA", "rope_scale": 2.0, "rope_theta": 100.0}
+        want, _ = reference.batch_decode(of.q, of.cache[:, 0], of.cache[:, 1], *of.table, **rotary)
+        assert_decodes([rotated], [want.double()])
+
+    for _ in range(2):  # the second call starts from what the first one's last layer left
+        check(batch)
+    later = make_batch([16, 3], seed=1)
+    wrapper.plan(*later.table, *later.shape, **later.dtypes)
+    check(later)
+    assert len(graphs) == 1
+
+
+def test_compiled_run_reads_what_is_set_when_it_runs(batch, dense_decode):
+    """`run` goes by the plan, or by the `forward` before it, as it does without torch.compile."""
+    wrapper = planned(batch, sm_scale=0.3)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def attend(q, cache):
+        first = wrapper.run(q, cache)
+        return first, wrapper.forward(q, cache, sm_scale=0.5), wrapper.run(q, cache)
+
+    for scales in ((0.3, 0.5, 0.5), (0.5, 0.5, 0.5)):
+        for out, scale in zip(attend(batch.q, batch.cache), scales, strict=True):
+            assert_decodes([out], dense_decode(batch, sm_scale=scale)[:1])
+
+
+def test_page_tables_with_gaps(make_batch, dense_decode):
+    """Kernels read page tables by their address alone, so they are brought together first."""
+    batch = make_batch([5, 16, 33])
+    indptr, indices, last_page_len = (
+        torch.stack([table, torch.full_like(table, 99)], dim=1)[:, 0] for table in batch.table
+    )
+    for wrapper in (fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace()), graph_wrapper(batch)):
+        wrapper.plan(indptr, indices, last_page_len, *batch.shape, **batch.dtypes)
+        assert all(buffer.is_contiguous() for buffer in (wrapper._paged_kv_indptr_buf, wrapper._paged_kv_indices_buf))
+        assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
+        assert wrapper.workspace_size(indptr, indices, last_page_len, *batch.shape, **batch.dtypes) == (0, 0)
+
+
+def test_a_graphs_own_buffer_with_gaps(make_batch, dense_decode):
+    """It starts where the buffer does, and is not the buffer."""
+    batch = make_batch([5, 16, 33])
+    wrapper = graph_wrapper(batch)
+    indices = wrapper._paged_kv_indices_buf[::2][: len(batch.indices)].copy_(batch.indices)
+    wrapper.plan(batch.indptr, indices, batch.last_page_len, *batch.shape, **batch.dtypes)
+    assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
+
+
 def test_integers_of_other_kinds(batch, dense_decode):
     wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
-    wrapper.plan(*batch.table, *(numpy.int64(number) for number in batch.shape), **batch.dtypes)
+    options = {"fixed_split_size": numpy.int64(4), **batch.dtypes}
+    wrapper.plan(*batch.table, *(numpy.int64(number) for number in batch.shape), **options)
     assert_decodes(wrapper.run(batch.q, batch.cache, return_lse=True), dense_decode(batch))
 
 
@@ -253,6 +337,12 @@ def test_custom_op_is_well_formed(batch):
     torch.library.opcheck(
         torch.ops.fi_prefetch.batch_decode.default,
         (wrapper._number, batch.q, batch.cache[:, 0], batch.cache[:, 1], out, lse, None, None, None, None, None, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    parameters = (1.0, 1.0, 1.0, "NONE", 3, 2.0, 0.5, None, None)
+    torch.library.opcheck(
+        torch.ops.fi_prefetch.batch_decode_with.default,
+        (wrapper._number, batch.q, batch.cache[:, 0], batch.cache[:, 1], out, lse, *parameters),
         test_utils=("test_schema", "test_faketensor"),
     )
 
