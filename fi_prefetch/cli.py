@@ -516,6 +516,7 @@ def bench(kind: str, **options: Any) -> None:
     (the prefetch beside an all-reduce), map (the paper's kernel over bytes in flight) or plan_time (host time of
     planning).
     """
+    from .bench import report
     from .prefetch import PrefetchPolicy
 
     refuse([name for name, kinds in _OF_KINDS.items() if kind not in kinds], f"{kind} does not take it")
@@ -547,6 +548,8 @@ def bench(kind: str, **options: Any) -> None:
     console.print(f"{output}: {len(content['rows'])} rows, {len(content['failed'])} failed")
     if not content["complete"]:
         raise click.ClickException("not complete: run it again with --resume")
+    if not any(report.times_of(row) for row in content["rows"]):
+        raise click.ClickException("our kernel was measured on no row")
 
 
 def _job(kind: str, shapes: Sequence[Any], options: dict[str, Any]) -> Any:
@@ -769,6 +772,9 @@ def compare(before: Path, after: Path) -> None:
     changes = report.compare(first, second)
     if not changes:
         raise click.ClickException("the two files have nothing measured in common")
+    gpus = [content.get("gpu") or "a GPU that it does not name" for content in (first, second)]
+    if gpus[0] != gpus[1]:
+        console.print(f"different GPUs: {before} is of {gpus[0]}, {after} of {gpus[1]}", style="yellow", markup=False)
     rows = [
         (c.label, f"{c.before_us:.1f}", f"{c.after_us:.1f}", f"{c.factor:.3f}", f"{c.band:.3f}", c.verdict)
         for c in changes

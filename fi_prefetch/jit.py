@@ -324,7 +324,7 @@ def _build_and_load(variant: Variant) -> Any:
                 f"{folder} (FI_PREFETCH_AOT_DIR) has no {variant.name}_{sources_hash()} for the GPUs here, make it "
                 f"with this version's `fi-prefetch build --aot`; and to compile: {reason}"
             )
-        raise KernelUnavailableError(reason) from (error.__cause__ or error)
+        raise KernelUnavailableError(reason) from error
     compiled = Path(spec.get_library_path()).exists()
     if not compiled:
         message = f"fi_prefetch: compiling {variant.name}, once for this machine (about a minute)"

@@ -52,14 +52,13 @@ def prefetch_kv(
         return False
     if wrapper._running is None:
         wrapper._running = torch.zeros(1, dtype=torch.int32, device=wrapper.device)
-    # A block for each of the decode call's, which then finds its lines where it asked for them itself.
-    _launch(wrapper, decision, k, v, limit, decision.blocks, stream)
+    _launch(wrapper, decision, k, v, limit, stream)
     return True
 
 
 def _launch(
     wrapper: BatchDecodeWithPagedKVCacheWrapper, decision: Decision, k: torch.Tensor, v: torch.Tensor, limit: int,
-    blocks: int, stream: torch.cuda.Stream | None,
+    stream: torch.cuda.Stream | None,
 ) -> None:  # fmt: skip
     with on_device(wrapper.device):
         if stream is not None:
@@ -76,7 +75,7 @@ def _launch(
                 decision.spec.window_left,
                 decision.spec.q_len_per_req,
                 limit,
-                blocks,
+                decision.blocks,  # one for each of the decode call's, which then finds lines where it asked for them
                 True,  # evict_last: what was brought in stays until attention reads it
                 wrapper._running,
             )

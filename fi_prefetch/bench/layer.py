@@ -22,7 +22,7 @@ from .inputs import DecodeInputs
 from .prefetch import POLICIES
 from .shapes import MODELS, Model, parse_lens
 from .timing import Timing, capture, time_graph
-from .worker import Context
+from .worker import Context, check_error
 
 LAYERS = 4
 ROUNDS = 4  # through the layers, in one graph
@@ -119,7 +119,8 @@ class LayerStack:
 
 
 def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
-    """One row: a layer's time without attention, with each variant of ours, and with the baselines."""
+    """One row: a layer's time without attention, with each variant of ours, and with the baselines; and the errors of
+    what attention gave in the first layer."""
     model = MODELS[spec["model"]].slice(spec["tensor_parallel"])
     lens = tuple((length, count) for length, count in spec["kv_lens"])
     inputs = DecodeInputs(model.shape(lens), context.pool("bfloat16"), context.facts.l2_bytes, copies=LAYERS)
@@ -129,12 +130,20 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
     def time(attention: Call | None, trigger_early: bool) -> Timing:
         return time_graph(capture(lambda: stack.step(LAYERS, attention, trigger_early)), ROUNDS * LAYERS)
 
-    def ours(policy: PrefetchPolicy, ready: str, dependent: bool) -> Timing:
-        _, call = prepare_ours(inputs, policy, ready, enable_pdl=dependent)
-        return time(call, dependent)
+    def checked(attention: Call, trigger_early: bool) -> tuple[Timing, float]:
+        # The projection gives the same queries and KV every time, so one truth is that of all variants.
+        inputs.out.fill_(float("nan"))
+        stack.before_attention(0, trigger_early)
+        attention(0)
+        error = check_error(inputs.error(inputs.out))
+        return time(attention, trigger_early), error
 
-    def theirs(prepare: Prepare) -> Timing:
-        return time(prepare(inputs), True)
+    def ours(policy: PrefetchPolicy, ready: str, dependent: bool) -> tuple[Timing, float]:
+        _, call = prepare_ours(inputs, policy, ready, enable_pdl=dependent)
+        return checked(call, dependent)
+
+    def theirs(prepare: Prepare) -> tuple[Timing, float]:
+        return checked(prepare(inputs), True)
 
     without = {trigger: time(None, trigger).us for trigger in (False, True)}
     row: dict[str, Any] = {
@@ -143,22 +152,24 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
         "us": {},
         "attention_us": {},
         "spread": {},
+        "errors": {},
         "missing": {},
     }
     row["without_attention_us"] = {
         name: round(without[on], 3) for name, on in (("plain", False), ("early_trigger", True))
     }
-    candidates: dict[str, tuple[Callable[[], Timing], bool]] = {
+    candidates: dict[str, tuple[Callable[[], tuple[Timing, float]], bool]] = {
         name: (functools.partial(ours, *variant), variant[2]) for name, variant in VARIANTS.items()
     }
     for name in context.options["baselines"]:
         candidates[name] = (functools.partial(theirs, BASELINES[name]), True)
     for name, (action, trigger) in candidates.items():
-        timing, reason = context.attempt(name, action)
-        if timing is None:
+        result, reason = context.attempt(name, action)
+        if result is None:
             row["us"][name] = row["attention_us"][name] = None
             row["missing"][name] = reason
         else:
+            timing, row["errors"][name] = result
             row["us"][name], row["spread"][name] = round(timing.us, 3), round(timing.spread, 4)
             row["attention_us"][name] = round(timing.us - without[trigger], 3)
     return row

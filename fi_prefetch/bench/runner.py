@@ -51,6 +51,8 @@ class ResultFile:
 
     With `resume` the rows of an earlier run are kept where all that its header says is the same, and the options are.
     Raises JobError where there is a file to go on with and it is no result file.
+
+    `set_header` raises JobError where the file has such rows that are not of the job: it would lose them.
     """
 
     def __init__(self, path: Path, job: Job, resume: bool) -> None:
@@ -78,10 +80,14 @@ class ResultFile:
             return
         self.header = {name: earlier[name] for name in header}
         numbers = {spec_key(spec): number for number, spec in enumerate(self._job.specs)}
-        for row in earlier["rows"]:
-            number = numbers.get(spec_key(row, like=self._job.specs[0]))
-            if number is not None:
-                self.rows[number] = row
+        found = [(numbers.get(spec_key(row, like=self._job.specs[0])), row) for row in earlier["rows"]]
+        strange = sum(number is None for number, _ in found)
+        if strange:
+            raise JobError(
+                f"{self.path}: {strange} of its {len(found)} rows are not of those to measure, and would be lost; "
+                "measure what it holds and more, or write to another file"
+            )
+        self.rows = {number: row for number, row in found if number is not None}
 
     @property
     def done(self) -> list[int]:
@@ -122,7 +128,8 @@ def run(job: Job, output: Path, resume: bool = False, progress: Progress = lambd
         resume: keep the rows that the file already has, where GPU, versions, commit and options are the same.
         progress: called with every event of the workers, and with {"event": "worker_lost", ...}.
 
-    Raises JobError where no process gets to a row, or the file to resume is no result file.
+    Raises JobError where no process gets to a row, or where the file to resume is no result file or has rows to keep
+    that are not of the job.
     """
     result = ResultFile(output, job, resume)
     skip: list[tuple[int, str, str]] = []

@@ -6,18 +6,23 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import fi_prefetch
 from fi_prefetch import gpu_check
-from fi_prefetch.bench import demo, estimate, explain, profile, report, runner, tables, tuning
+from fi_prefetch.bench import demo, estimate, explain, layer, profile, report, runner, tables, tuning, worker
+from fi_prefetch.bench.baselines import plan_arguments
 from fi_prefetch.bench.inputs import DecodeInputs, KvPool, pool_bytes, relative_error
 from fi_prefetch.bench.prefetch import POLICIES
 from fi_prefetch.bench.shapes import (
     MODELS,
+    Model,
     Shape,
     basic_grid,
     full_grid,
@@ -27,7 +32,7 @@ from fi_prefetch.bench.shapes import (
     parse_tokens,
     small_grid,
 )
-from fi_prefetch.bench.timing import calls_per_replay, copies_needed, summarise
+from fi_prefetch.bench.timing import Timing, calls_per_replay, copies_needed, summarise
 from fi_prefetch.prefetch import PROLOGUE_TILES, PrefetchPolicy
 from fi_prefetch.schedule import Schedule
 from fi_prefetch.tune import CANDIDATES, Grid, Rule
@@ -346,6 +351,18 @@ def test_rows_that_are_added_have_floors_of_the_files_ceiling(tmp_path: Path) ->
     assert [row["ceiling"] for row in second["rows"][1:]] == [4400.0, 4400.0]
 
 
+def test_rows_that_are_not_of_the_job_are_not_lost(tmp_path: Path) -> None:
+    output = tmp_path / "grid.json"
+    runner.run(job_of(tmp_path), output)
+    before = output.read_text()
+    with pytest.raises(runner.JobError, match="grid.json: 2 of its 3 rows are not of those to measure"):
+        runner.run(job_of(tmp_path, rows=1), output, resume=True)
+    assert output.read_text() == before
+    more = runner.run(job_of(tmp_path, rows=4), output, resume=True)
+    assert [row["x"] for row in more["rows"]] == [0, 1, 2, 3]
+    assert more["rows"][:3] == json.loads(before)["rows"]
+
+
 def test_time_that_is_up_before_anything_is_known_leaves_the_file_alone(tmp_path: Path) -> None:
     output = tmp_path / "grid.json"
     runner.run(job_of(tmp_path), output)
@@ -428,6 +445,53 @@ def test_a_worker_that_cannot_start_says_where_to_look(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="before its first row"):
         runner.run(job, tmp_path / "grid.json")
     assert "no GPU" in (tmp_path / "grid.log").read_text()
+
+
+# ---- a layer -------------------------------------------------------------------------------------------------------
+
+
+def rope_and_write(qkv, cos_sin, positions, slots, k, v, heads_q, heads_kv, trigger_early):
+    """The kernel of the same name without the rotation: the newest keys and values go where the page table says."""
+    k.flatten(0, 1)[slots.long()] = qkv[:, heads_q : heads_q + heads_kv]
+    v.flatten(0, 1)[slots.long()] = qkv[:, heads_q + heads_kv :]
+
+
+def test_a_layers_attention_is_checked_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model("tiny", 256, 512, 1, 4, 2, 64)
+    shape = model.shape(parse_lens("2x40+1x7"))
+    monkeypatch.setitem(MODELS, "tiny", model)
+    monkeypatch.setattr(layer.kernels, "module", lambda: SimpleNamespace(rope_and_write=rope_and_write))
+    monkeypatch.setattr(layer, "capture", lambda step: step)
+    monkeypatch.setattr(layer, "time_graph", lambda step, calls: step() or Timing(20.0, 0.0))
+
+    def prepare(inputs: DecodeInputs, factor: float = 1.0) -> Any:
+        wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(torch.zeros(64, dtype=torch.uint8))
+        arguments, options = plan_arguments(inputs)
+        wrapper.plan(*arguments, **options)
+        return lambda i: wrapper.run(inputs.q, inputs.cache(i), out=inputs.out, v_scale=factor)
+
+    monkeypatch.setattr(layer, "prepare_ours", lambda inputs, policy, ready, enable_pdl: (None, prepare(inputs)))
+    monkeypatch.setitem(layer.BASELINES, "fa3", lambda inputs: prepare(inputs, 1.2))
+    monkeypatch.setitem(layer.BASELINES, "flashinfer_fa2", lambda inputs: lambda i: None)
+
+    def attempt(name: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action(), None
+        except worker.WrongAnswer as error:
+            return None, str(error)
+
+    pool = KvPool(layer.LAYERS * shape.allocated_bytes, torch.bfloat16, torch.device("cpu"))
+    context: Any = SimpleNamespace(
+        pool=lambda kv_dtype: pool,
+        facts=SimpleNamespace(l2_bytes=0),
+        options={"baselines": ["fa3", "flashinfer_fa2"]},
+        attempt=attempt,
+    )
+    row = layer.measure({"model": "tiny", "tensor_parallel": 1, **shape.to_row()}, context)
+    assert set(row["errors"]) == set(layer.VARIANTS) and all(0 < error < 0.01 for error in row["errors"].values())
+    assert all(row["us"][name] == 20.0 for name in layer.VARIANTS)
+    assert row["missing"] == {"fa3": "relative error 0.2", "flashinfer_fa2": "relative error inf"}
+    assert row["us"]["fa3"] is row["us"]["flashinfer_fa2"] is row["attention_us"]["fa3"] is None
 
 
 # ---- summaries -----------------------------------------------------------------------------------------------------

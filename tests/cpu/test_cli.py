@@ -291,7 +291,17 @@ def test_compare_tells_faster_from_slower(tmp_path: Path) -> None:
     text = succeed("compare", str(before), str(after))
     assert "1 faster, 1 same, 1 slower" in text
     nothing = result_file(tmp_path / "c.json", {"256x512": 10.0})
+    assert "different GPUs" not in text
     assert "in common" in fail("compare", str(before), str(nothing))
+
+
+def test_compare_says_when_the_gpus_differ(tmp_path: Path) -> None:
+    before = result_file(tmp_path / "a.json", {"1x2K": 10.0})
+    after = result_file(tmp_path / "b.json", {"1x2K": 5.0})
+    after.write_text(after.read_text().replace("NVIDIA H200", "NVIDIA H100 [x]"))
+    text = succeed("compare", str(before), str(after)).replace("\n", "")
+    assert f"different GPUs: {before} is of NVIDIA H200, {after} of NVIDIA H100 [x]" in text
+    assert "1 faster" in text
 
 
 def test_report_prints_tables_and_draws(tmp_path: Path) -> None:
@@ -379,7 +389,20 @@ def test_a_reason_keeps_its_brackets(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     on_a_gpu(monkeypatch, run)
     monkeypatch.chdir(tmp_path)
-    assert "expected [batch, heads], not [/x]" in succeed("bench", "--heads", "32/8", "--lens", "8x1K")
+    assert "expected [batch, heads], not [/x]" in fail("bench", "--heads", "32/8", "--lens", "8x1K")
+
+
+def test_a_measurement_of_nothing_has_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    contents = [
+        json.loads(result_file(tmp_path / "a.json", times).read_text()) | {"failed": failed, "complete": True}
+        for times, failed in (({}, [{}]), ({"8x1K": None}, []), ({"8x1K": None, "1x2K": 10.0}, [{}]))
+    ]
+    on_a_gpu(monkeypatch, lambda *_: contents.pop(0))
+    command = ("bench", "--heads", "32/8", "--lens", "8x1K", "--no-plots")
+    assert "0 rows, 1 failed" in (text := fail(*command)) and "measured on no row" in text
+    assert "1 rows, 0 failed" in (text := fail(*command)) and "measured on no row" in text
+    assert "2 rows, 1 failed" in succeed(*command)
 
 
 def test_only_the_grid_is_predicted() -> None:

@@ -1,9 +1,12 @@
 """The batch-invariant kernel's own source, run lane by lane on the CPU: against attention written from its definition,
 and a request's bits in one batch against its bits in another."""
 
+import importlib
 import math
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import emulated_decode as emulated
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_emulated_decode import ANY_BATCH, LENGTHS, assert_right
 
+ROOT = Path(__file__).resolve().parents[2]
 BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
 SPLITS = {"a tile": 1, "two tiles": 2, "five tiles": 5, "whole": WHOLE_REQUEST}
 over_splits = pytest.mark.parametrize("split_tiles", SPLITS.values(), ids=SPLITS)
@@ -53,6 +57,20 @@ def test_dtypes_and_head_dims(dtype, kv_dtype, head_dim):
 def test_more_splits_than_are_merged_in_one_go(length):
     """32, 33, 64 and 98 of them, by all warps of whichever block is done last."""
     assert_right(make_problem([length, 40], heads_q=32, heads_kv=2, split_tiles=1, warps=2, blocks=7))
+
+
+def test_the_sanitizers_watch_every_way_to_merge(monkeypatch):
+    """One split, several, and more than are merged in one go: tests/gpu/sanitize.py says that its cases have them."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "gpu")
+    sanitize = importlib.import_module("sanitize")
+    at_once = int(re.search(r"kMostPartials = (\d+);", (ROOT / "csrc" / "merge.cuh").read_text())[1])
+    counts = {
+        math.ceil(math.ceil(length / 16) / math.ceil(case.split * case.page / 16))
+        for case, _ in sanitize.cases()
+        for length in case.lens
+        if case.split > 0
+    }
+    assert 1 in counts and any(1 < count <= at_once for count in counts) and any(count > at_once for count in counts)
 
 
 @over_splits

@@ -54,7 +54,7 @@ def cases() -> list[tuple[Case, dict[str, str]]]:
     plain += [Case(lens=lens, storage=storage) for storage in ("one", "strided", "different_strides")]
     plain += [Case(lens=(700, 3, 64), position=position, q_len=2) for position in ("ROPE_LLAMA", "ALIBI")]
     # The batch-invariant kernel: one split, several, more than are merged in one go, and a table in shared memory.
-    splits = (Case(lens=(700, 3, 0, 64)), Case(lens=(1500, 90), kv="e4m3"), Case(lens=(20,) * 40, heads=(24, 2)))
+    splits = (Case(lens=(700, 3, 0, 64)), Case(lens=(1700, 90), kv="e4m3"), Case(lens=(20,) * 40, heads=(24, 2)))
     plain += [dataclasses.replace(case, page=1, split=split) for case in splits for split in (WHOLE, 33, 256)]
     plain += [Case(lens=lens, o="f16"), Case(lens=lens, q="f16", kv="f16", o="bf16")]
     # Of every variant that the suite compiles both kernels: up to 8 query rows and up to 16.
