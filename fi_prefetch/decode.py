@@ -514,7 +514,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
 
     def _auto_prefers_cudnn(self, *args: Any, **kwargs: Any) -> bool:
         """FlashInfer 0.7 asks where to plan; True leads its fast_decode_plan to `_plan_impl`, which is ours."""
-        if self._flashinfer_asks or self._choice.kernel not in ("fi_prefetch", "reference"):
+        # Whose the plan is, whoever served the last run of it.
+        if self._flashinfer_asks or self._decision.choice.kernel not in ("fi_prefetch", "reference"):
             return super()._auto_prefers_cudnn(*args, **kwargs)
         # The fast path needs a GPU, and without tensor cores it has no place for several query tokens and fixed splits.
         beyond_cuda_cores = (

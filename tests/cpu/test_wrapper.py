@@ -1220,11 +1220,17 @@ def test_gpu_fast_plan_without_tensor_cores_keeps_the_plans_splits(gpu, half_bat
         (True, 2, {}, False),
     ],
 )
-def test_gpu_fast_decode_plan_is_led_to_the_full_plan(gpu, half_batch, tensor_cores, q_len, asked, full_plan):
+def test_gpu_fast_decode_plan_is_led_to_the_full_plan(gpu, half_batch, far, tensor_cores, q_len, asked, full_plan):
     """0.7's fast path, which asks first: it goes to the full plan where it has no place for what was asked for."""
     wrapper = planned(half_batch, use_tensor_cores=tensor_cores)
     wrapper.device = torch.device("cuda", 0)
     names = (torch.bfloat16,) * 3 + (64, 4, 2, 4, 16, "NONE", -1, 0.0, q_len)
+    assert wrapper._auto_prefers_cudnn(*names, user_block_tables=False, **asked) is full_plan
+    # Also once FlashInfer had to serve a run of this plan.
+    wrapper.device = half_batch.q.device
+    wrapper.run(half_batch.q, far(half_batch))
+    wrapper.device = torch.device("cuda", 0)
+    assert wrapper.kernel_choice.kernel == "flashinfer"
     assert wrapper._auto_prefers_cudnn(*names, user_block_tables=False, **asked) is full_plan
 
 
