@@ -138,6 +138,11 @@ class WarpAttention {
     } else if constexpr (T::kScaledQuery) {
       scale_query_to_half();
     }
+    forget();
+  }
+
+  /// Back to no tokens at all.
+  FI_PREFETCH_DEVICE void forget() {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       max_[c] = -INFINITY;
@@ -221,6 +226,55 @@ class WarpAttention {
           row[T::kHeadDim] = max_[n * 2 + e];
           row[T::kHeadDim + 1] = sum_[n * 2 + e];
         }
+      }
+    }
+  }
+
+  /// What save() writes: the fragments as they are, 32 lanes side by side.
+  static constexpr uint32_t kSavedVectors = 32 * T::kRowTiles * (T::kHeadDim / 16 + 1);
+  static constexpr uint32_t kSavedBytes = kSavedVectors * sizeof(float4);
+
+  /// Writes finished sums for add_saved() of any warp.
+  FI_PREFETCH_DEVICE void save(float4* to) const {
+    to += lane_index();
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n) {
+      __stcg(to + 32 * n, make_float4(max_[2 * n], max_[2 * n + 1], sum_[2 * n], sum_[2 * n + 1]));
+#pragma unroll
+      for (int d = 0; d < kProducts; ++d) {
+        const float (&x)[4] = output_[d][n];
+        __stcg(to + 32 * (T::kRowTiles * (d + 1) + n), make_float4(x[0], x[1], x[2], x[3]));
+      }
+    }
+  }
+
+  /// Adds sums of other tokens of the same request and head.
+  FI_PREFETCH_DEVICE void add_saved(const float4* from) {
+    const auto load = [&](int i) {
+      return ptx::load_past_l1<float4>(reinterpret_cast<const float*>(from + lane_index() + 32 * i));
+    };
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n) {
+      float4 x[kProducts];
+      const float4 head = load(n);
+#pragma unroll
+      for (int d = 0; d < kProducts; ++d) x[d] = load(T::kRowTiles * (d + 1) + n);
+      const float max[2] = {head.x, head.y}, sum[2] = {head.z, head.w};
+      float own[2], other[2];  // weights
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int c = 2 * n + e;
+        const float greatest = fmaxf(max_[c], max[e]);
+        const float reference = greatest == -INFINITY ? 0.0f : greatest;
+        own[e] = ptx::exp2_fast(max_[c] - reference), other[e] = ptx::exp2_fast(max[e] - reference);
+        sum_[c] = sum_[c] * own[e] + sum[e] * other[e];
+        max_[c] = greatest;
+      }
+#pragma unroll
+      for (int d = 0; d < kProducts; ++d) {
+        float (&o)[4] = output_[d][n];
+        o[0] = o[0] * own[0] + x[d].x * other[0], o[1] = o[1] * own[1] + x[d].y * other[1];
+        o[2] = o[2] * own[0] + x[d].z * other[0], o[3] = o[3] * own[1] + x[d].w * other[1];
       }
     }
   }

@@ -109,33 +109,42 @@ cudaStream_t current_stream(DLDevice device) {
 struct Plan {
   int64_t blocks;
   int64_t warps;
-  int64_t tiles;  // fewest a warp (0: the kernel chooses); with fixed splits a split's
+  int64_t tiles;         // fewest a warp (0: the kernel chooses); with fixed splits a split's
+  int64_t abreast_log2;  // log2 of the kv heads that neighbouring warps may read abreast
 };
 
 uint32_t shared_bytes(int64_t warps, int64_t rows) { return SharedMemory<AnyTraits>::bytes(warps, rows); }
 
-/// Rows of partials and counters that blocks need to meet, for every query row of a kv head.
+/// The bytes of partials and of counters that blocks or warps need to meet, for `rows` query rows a kv head.
 struct Meeting {
-  int64_t slots;
-  int64_t counters;
+  int64_t partial_bytes;
+  int64_t counter_bytes;
 };
 
-Meeting meeting_of_blocks(int64_t blocks) { return {2 * blocks, 3 * blocks}; }
+Meeting meeting_of_rows(int64_t slots, int64_t counters, int64_t rows) {
+  return {slots * rows * AnyTraits::kPartialStride * static_cast<int64_t>(sizeof(float)),
+          counters * rows * static_cast<int64_t>(sizeof(int32_t))};
+}
+
+/// Of the decode kernel: of its blocks, or of its warps where they read kv heads abreast.
+Meeting meeting_of(const Plan& plan, int64_t rows) {
+  Meeting meeting = meeting_of_rows(2 * plan.blocks, 3 * plan.blocks, rows);
+  if (plan.abreast_log2 > 0) {
+    const int64_t warps = plan.blocks * plan.warps;
+    const int64_t saved = rows <= 8 ? WarpAttention<Traits<1>>::kSavedBytes : WarpAttention<Traits<2>>::kSavedBytes;
+    meeting.partial_bytes = std::max(meeting.partial_bytes, 2 * warps * saved);
+    meeting.counter_bytes = std::max<int64_t>(meeting.counter_bytes, warps * sizeof(int32_t));
+  }
+  return meeting;
+}
 
 /// The splits that a page table can have at most: of whole ones no more than its pages hold, and a shorter one a
 /// request and head. Nothing meets where every request is one split.
-Meeting meeting_of_splits(int64_t split_tiles, int64_t num_indices, int64_t page_size, int64_t batch_size,
-                          int64_t num_kv_heads) {
-  if (split_tiles == kWholeRequest) return {0, 0};
-  const int64_t splits = (num_indices * page_size / (split_tiles * kTileTokens) + batch_size) * num_kv_heads;
-  return {splits, splits};
+int64_t most_splits(int64_t split_tiles, int64_t num_indices, int64_t page_size, int64_t batch_size,
+                    int64_t num_kv_heads) {
+  if (split_tiles == kWholeRequest) return 0;
+  return (num_indices * page_size / (split_tiles * kTileTokens) + batch_size) * num_kv_heads;
 }
-
-int64_t partial_bytes(const Meeting& m, int64_t rows) {
-  return m.slots * rows * AnyTraits::kPartialStride * sizeof(float);
-}
-
-int64_t counter_bytes(const Meeting& m, int64_t rows) { return m.counters * rows * sizeof(int32_t); }
 
 int64_t row_count(int64_t num_qo_heads, int64_t num_kv_heads) {
   FI_PREFETCH_CHECK(num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0, ValueError)
@@ -146,8 +155,15 @@ int64_t row_count(int64_t num_qo_heads, int64_t num_kv_heads) {
   return rows;
 }
 
+/// log2 of as many kv heads as `warps` warps, all of a grid's, can share out evenly.
+int64_t most_abreast_log2(int64_t warps, int64_t num_kv_heads) {
+  int64_t log2 = 0;
+  while (log2 < 5 && warps % (2 << log2) == 0 && num_kv_heads % (2 << log2) == 0) ++log2;
+  return log2;
+}
+
 /// One block an SM, with as many warps as its shared memory holds.
-Plan make_plan(int64_t rows, int device) {
+Plan make_plan(int64_t rows, int64_t num_kv_heads, int device) {
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   int64_t warps = kMaxWarps;
   while (warps > 1 && shared_bytes(warps, rows) > static_cast<uint32_t>(limit)) --warps;
@@ -155,21 +171,25 @@ Plan make_plan(int64_t rows, int device) {
       << "this GPU's " << limit << " bytes of shared memory a block do not hold one warp's "
       << shared_bytes(warps, rows);
   const int sms = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  return {std::min(sms, kMaxBlocks), warps, 0};
+  const int blocks = std::min(sms, kMaxBlocks);
+  return {blocks, warps, 0, kFixedSplit ? 0 : most_abreast_log2(blocks * warps, num_kv_heads)};
 }
 
 /// What the Python side keeps of a plan and hands back to run().
-constexpr int kPlanNumbers = 8;
+constexpr int kPlanNumbers = 9;
 Array<int64_t> plan_info(const Plan& plan, const Meeting& meeting, int64_t rows) {
   return {plan.blocks,
           plan.warps,
           static_cast<int64_t>(shared_bytes(plan.warps, rows)),
-          partial_bytes(meeting, rows),
-          counter_bytes(meeting, rows),
+          meeting.partial_bytes,
+          meeting.counter_bytes,
           rows,
           plan.tiles,
-          AnyTraits::kStages};
+          AnyTraits::kStages,
+          plan.abreast_log2};
 }
+
+int64_t bytes_of(const TensorView& x) { return x.numel() * ((x.dtype().bits * x.dtype().lanes + 7) / 8); }
 
 void check_plan_info(const Array<int64_t>& info) {
   FI_PREFETCH_CHECK(info.size() == kPlanNumbers, ValueError)
@@ -193,8 +213,9 @@ void check_head_dim(int64_t head_dim_qk, int64_t head_dim_vo) {
 /// FlashInfer's plan. Touches no tensor's contents and copies nothing: the schedule is made on the device, in run().
 /// `num_qo_heads` counts query rows: query heads times query tokens per request.
 /// Returns [blocks, warps a block, shared-memory bytes, float workspace bytes, counter bytes, query rows per kv head,
-/// fewest tiles a warp (0: the kernel chooses), tiles a warp's ring holds]. With fixed splits every request is one of
-/// them, unless fix_splits() follows.
+/// fewest tiles a warp (0: the kernel chooses), tiles a warp's ring holds, log2 of the kv heads that neighbouring warps
+/// may read abreast: 0 where the float workspace is too small for warps to meet]. With fixed splits every request is one
+/// of them, unless fix_splits() follows.
 Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorView, int64_t batch_size,
                     int64_t num_qo_heads, int64_t num_kv_heads, int64_t, bool, int64_t window_left,
                     double logits_soft_cap, int64_t head_dim_qk, int64_t head_dim_vo, TensorView, TensorView) {
@@ -204,13 +225,14 @@ Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorVi
       << " a sliding window and " << (kSoftCap ? "with" : "without") << " a soft cap, got " << window_left << " and "
       << logits_soft_cap;
   const int64_t rows = row_count(num_qo_heads, num_kv_heads);
-  Plan made = make_plan(rows, float_workspace.device().device_id);
+  Plan made = make_plan(rows, num_kv_heads, float_workspace.device().device_id);
   check_batch_size(batch_size, made.warps);
   if constexpr (kFixedSplit) {
     made.tiles = kWholeRequest;
     return plan_info(made, {0, 0}, rows);
   }
-  return plan_info(made, meeting_of_blocks(made.blocks), rows);
+  if (meeting_of(made, rows).partial_bytes > bytes_of(float_workspace)) made.abreast_log2 = 0;
+  return plan_info(made, meeting_of(made, rows), rows);
 }
 
 /// The plan with splits of `split_tokens` tokens, rounded up to whole tiles, and with room for all that a page table of
@@ -228,11 +250,12 @@ Array<int64_t> fix_splits(Array<int64_t> info, int64_t split_tokens, int64_t num
                     ValueError)
       << "fix_splits: " << num_indices << " pages of " << page_size << " tokens, " << batch_size << " requests and "
       << num_kv_heads << " heads are too many splits";
-  const Meeting meeting = meeting_of_splits(tiles, num_indices, page_size, batch_size, num_kv_heads);
-  return plan_info({info[0], info[1], tiles}, meeting, info[5]);
+  const int64_t splits = most_splits(tiles, num_indices, page_size, batch_size, num_kv_heads);
+  return plan_info({info[0], info[1], tiles, 0}, meeting_of_rows(splits, splits, info[5]), info[5]);
 }
 
-/// The plan with another grid: what a tuner found, or tries. At most as many warps a block as plan() said.
+/// The plan with another grid: what a tuner found, or tries. At most as many warps a block as plan() said; heads abreast
+/// where that needs no more workspace than it does.
 Array<int64_t> adjust_plan(Array<int64_t> info, int64_t batch_size, int64_t blocks, int64_t warps,
                            int64_t min_tiles_per_warp) {
   check_plan_info(info);
@@ -244,7 +267,10 @@ Array<int64_t> adjust_plan(Array<int64_t> info, int64_t batch_size, int64_t bloc
   FI_PREFETCH_CHECK(min_tiles_per_warp >= 0 && min_tiles_per_warp <= kMostMinTiles, ValueError)
       << "min_tiles_per_warp: expected 0 (the kernel chooses) to " << kMostMinTiles << ", got " << min_tiles_per_warp;
   check_batch_size(batch_size, warps);
-  return plan_info({blocks, warps, min_tiles_per_warp}, meeting_of_blocks(blocks), info[5]);
+  Plan adjusted{blocks, warps, min_tiles_per_warp, info[8]};
+  while (blocks * warps % (int64_t{1} << adjusted.abreast_log2) != 0) --adjusted.abreast_log2;
+  if (meeting_of(adjusted, info[5]).partial_bytes > info[3]) adjusted.abreast_log2 = 0;
+  return plan_info(adjusted, meeting_of(adjusted, info[5]), info[5]);
 }
 
 /// FlashInfer's workspace_size: [float workspace bytes, int workspace bytes]; what fixed splits need, fix_splits()
@@ -255,21 +281,23 @@ Array<int64_t> workspace_size(TensorView device_buffer, TensorView, int64_t, int
   check_head_dim(head_dim_qk, head_dim_vo);
   const int64_t rows = row_count(num_qo_heads, num_kv_heads);
   if constexpr (kFixedSplit) return {0, 0};
-  const Meeting meeting = meeting_of_blocks(make_plan(rows, device_buffer.device().device_id).blocks);
-  return {partial_bytes(meeting, rows), counter_bytes(meeting, rows)};
+  const Meeting meeting = meeting_of(make_plan(rows, num_kv_heads, device_buffer.device().device_id), rows);
+  return {meeting.partial_bytes, meeting.counter_bytes};
 }
 
-Plan read_plan(const Array<int64_t>& info, int64_t rows, int device) {
+Plan read_plan(const Array<int64_t>& info, int64_t rows, int64_t num_kv_heads, int device) {
   check_plan_info(info);
-  const Plan made{info[0], info[1], info[6]};
+  const Plan made{info[0], info[1], info[6], info[8]};
   const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   FI_PREFETCH_CHECK(made.blocks >= 1 && made.blocks <= kMaxBlocks && made.warps >= 1 && made.warps <= kMaxWarps &&
                         made.tiles >= kFixedSplit && made.tiles <= (kFixedSplit ? kWholeRequest : kMostMinTiles) &&
-                        shared_bytes(made.warps, rows) <= limit,
+                        shared_bytes(made.warps, rows) <= limit && made.abreast_log2 >= 0 &&
+                        made.abreast_log2 <= (kFixedSplit ? 0 : most_abreast_log2(made.blocks * made.warps, num_kv_heads)),
                     ValueError)
       << "plan_info: " << made.blocks << " blocks of " << made.warps << " warps (" << shared_bytes(made.warps, rows)
       << " bytes of shared memory), " << made.tiles << " tiles a " << (kFixedSplit ? "split" : "warp at least")
-      << ", is beyond what this kernel or this GPU takes";
+      << ", 2^" << made.abreast_log2 << " of " << num_kv_heads
+      << " kv heads abreast, is beyond what this kernel or this GPU takes";
   return made;
 }
 
@@ -403,9 +431,9 @@ void launch(const Launch& l, int device, const Params&... params) {
 
 /// The kernel of this module for up to 8 query rows a kv head (T: Traits<1>) or more.
 template <typename T>
-void launch_attention(const Launch& l, int device, const DecodeParams& p, const Plan& plan, const Meeting& meeting) {
+void launch_attention(const Launch& l, int device, const DecodeParams& p, const Plan& plan, int64_t splits) {
   if constexpr (kFixedSplit) {
-    const FixedSplitParams fixed{static_cast<uint32_t>(plan.tiles), static_cast<uint32_t>(meeting.slots)};
+    const FixedSplitParams fixed{static_cast<uint32_t>(plan.tiles), static_cast<uint32_t>(splits)};
     launch<fixed_split_kernel<T>>(l, device, p, fixed);
   } else {
     launch<decode_kernel<T>>(l, device, p);
@@ -492,30 +520,29 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
     return static_cast<int32_t>(std::min(std::max<int64_t>(prefetch[i], 0), most));
   };
   p.dependent_launch = enable_pdl;
-  p.levers = {lever(0, 1 << 16), lever(1, 1 << 16), lever(2, 1), lever(3, 2), lever(4, 1)};
+  p.levers = {lever(0, 1 << 16), lever(1, 1 << 16), lever(2, 1 << 16), lever(3, 2), lever(4, 1)};
 
   if (batch_size == 0) return;
-  const Plan made = read_plan(info, rows, device.device_id);
+  const Plan made = read_plan(info, rows, p.num_kv_heads, device.device_id);
   p.min_tiles_per_warp = made.tiles;
+  p.abreast_log2 = made.abreast_log2;
   check_batch_size(batch_size, made.warps);
-  const Meeting meeting =
-      kFixedSplit ? meeting_of_splits(made.tiles, p.table.num_indices, p.table.page_size, batch_size, p.num_kv_heads)
-                  : meeting_of_blocks(made.blocks);
-  const auto bytes_of = [](const TensorView& x) { return x.numel() * ((x.dtype().bits * x.dtype().lanes + 7) / 8); };
+  const int64_t splits =
+      kFixedSplit ? most_splits(made.tiles, p.table.num_indices, p.table.page_size, batch_size, p.num_kv_heads) : 0;
+  const Meeting meeting = kFixedSplit ? meeting_of_rows(splits, splits, rows) : meeting_of(made, rows);
   const auto same_device = [&](const TensorView& x) {
     return x.device().device_type == device.device_type && x.device().device_id == device.device_id;
   };
   FI_PREFETCH_CHECK(same_device(float_workspace) && float_workspace.IsContiguous() &&
-                        bytes_of(float_workspace) >= partial_bytes(meeting, rows) &&
+                        bytes_of(float_workspace) >= meeting.partial_bytes &&
                         reinterpret_cast<uintptr_t>(float_workspace.data_ptr()) % 16 == 0,
                     ValueError)
-      << "float_workspace_buffer: expected at least " << partial_bytes(meeting, rows)
-      << " contiguous bytes, 16-byte aligned, on " << name_of(device) << ", got " << bytes_of(float_workspace) << " on "
+      << "float_workspace_buffer: expected at least " << meeting.partial_bytes << " contiguous bytes, 16-byte aligned, on " << name_of(device) << ", got " << bytes_of(float_workspace) << " on "
       << name_of(float_workspace.device());
-  check_vector<int32_t>(counters, "counters", counter_bytes(meeting, rows) / sizeof(int32_t), device);
+  check_vector<int32_t>(counters, "counters", meeting.counter_bytes / sizeof(int32_t), device);
   // partial_offset() counts floats in 32 bits.
-  FI_PREFETCH_CHECK(partial_bytes(meeting, rows) / sizeof(float) < 1ull << 32, ValueError)
-      << "fixed_split_size: " << meeting.slots << " splits of " << rows << " rows are more than 16 GiB of partials";
+  FI_PREFETCH_CHECK(meeting.partial_bytes / sizeof(float) < 1ull << 32, ValueError)
+      << "fixed_split_size: " << splits << " splits of " << rows << " rows are more than 16 GiB of partials";
   p.partials = static_cast<float*>(float_workspace.data_ptr());
   p.counters = static_cast<int32_t*>(counters.data_ptr());
   p.running = running_counter(maybe_running, device);
@@ -523,9 +550,9 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
   tvm::ffi::CUDADeviceGuard guard(device.device_id);
   const Launch l{made.blocks, made.warps, shared_bytes(made.warps, rows), enable_pdl, current_stream(device)};
   if (rows <= 8) {
-    launch_attention<Traits<1>>(l, device.device_id, p, made, meeting);
+    launch_attention<Traits<1>>(l, device.device_id, p, made, splits);
   } else {
-    launch_attention<Traits<2>>(l, device.device_id, p, made, meeting);
+    launch_attention<Traits<2>>(l, device.device_id, p, made, splits);
   }
 }
 
@@ -545,8 +572,9 @@ void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView ind
   p.q_len = q_len;
   p.running = running_counter(maybe_running, device);
   p.window_left = std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max() / 2);
-  const Plan made = read_plan(info, 1, device.device_id);
+  const Plan made = read_plan(info, 1, p.num_kv_heads, device.device_id);
   p.min_tiles_per_warp = made.tiles;
+  p.abreast_log2 = made.abreast_log2;
   const int64_t tiles = budget_bytes / (made.blocks * made.warps * AnyTraits::kStageBytes);
   if (tiles <= 0 || p.table.batch_size == 0) return;
   check_batch_size(p.table.batch_size, made.warps);

@@ -5,6 +5,7 @@
 //                 streams its tiles through its own ring of shared memory                     pipeline.cuh
 //                 and keeps softmax and output in registers                                   attention.cuh
 //   the block     merges what its warps share; the last block merges what blocks share        merge.cuh
+// (where long pieces let warps read neighbouring kv heads abreast, each of them meets others by itself)
 #pragma once
 
 #include "merge.cuh"
@@ -57,39 +58,41 @@ FI_PREFETCH_DEVICE Piece<T> find_piece(const DecodeParams& p, RequestScan<T::kWi
   Piece<T> piece;
   piece.some_request_is_empty = scan.some_request_is_empty();
   piece.partition = cut(p, scan, gridDim.x, warps_per_block());
-  const uint32_t worker = blockIdx.x * warps_per_block() + warp_index();
+  const uint32_t warp = warp_number(), worker = warp >> piece.partition.abreast_log2;
   piece.begin = piece.partition.begin(worker);
   piece.count = piece.partition.begin(worker + 1) - piece.begin;
-  if (piece.count > 0) piece.first = TileCursor<T::kWindow>(scan.locate(piece.begin, p.num_kv_heads));
+  if (piece.count > 0) piece.first = TileCursor<T::kWindow>(p, piece.partition, scan, piece.begin, warp);
   return piece;
 }
 
-/// The share that this block has of the request and head at a cursor, whose tiles are [begin, end) on the line.
-/// Collective over the warp.
+/// The share that this block (or this warp, where heads are read abreast) has of the request and head at a cursor, whose
+/// tiles are [begin, end) on the line. Collective over the warp.
 template <typename T>
 FI_PREFETCH_DEVICE Share share_of(const Piece<T>& piece, const TileCursor<T::kWindow>& at, uint32_t begin,
                                   uint32_t end) {
   const Partition& partition = piece.partition;
-  const uint32_t warps = warps_per_block(), lane = lane_index();
-  const uint32_t first_worker = blockIdx.x * warps;
+  const bool abreast = partition.abreast_log2 > 0;
+  // Who meets others: the block, that is all of its workers; or the one worker that this warp is of.
+  const uint32_t workers = abreast ? 1 : warps_per_block();
+  const uint32_t own = abreast ? warp_number() >> partition.abreast_log2 : blockIdx.x;
+  const uint32_t first_worker = own * workers, lane = lane_index();
   const uint32_t warp_begin = partition.begin(first_worker + lane), warp_end = partition.begin(first_worker + lane + 1);
-  const bool has_some = lane < warps && max(begin, warp_begin) < min(end, warp_end);
+  const bool has_some = lane < workers && max(begin, warp_begin) < min(end, warp_end);
   Share share{};
   share.request = at.request_index;
   share.head = at.head;
   share.warps = __ballot_sync(kFullWarp, has_some);
   share.goes_on = __ballot_sync(kFullWarp, has_some && warp_end < end);
-  share.first_block = begin >= partition.begin(first_worker) ? blockIdx.x : partition.owner(begin) / warps;
-  const uint32_t last_block =
-      end <= partition.begin(first_worker + warps) ? blockIdx.x : partition.owner(end - 1) / warps;
-  share.blocks = last_block - share.first_block + 1;
-  share.leads = (share.warps & ((1u << warp_index()) - 1)) == 0;
+  share.first = begin >= partition.begin(first_worker) ? own : partition.owner(begin) / workers;
+  const uint32_t last = end <= partition.begin(first_worker + workers) ? own : partition.owner(end - 1) / workers;
+  share.count = last - share.first + 1;
+  share.leads = !abreast && (share.warps & ((1u << warp_index()) - 1)) == 0;
   return share;
 }
 
-/// Keeps for the block's merge what this warp shares with others: on the left the request and head that warps before
-/// it have tiles of as well, if it ends in this warp's piece; on the right the one that goes on in the warps after it.
-/// Collective over the warp.
+/// Keeps for the merge what this warp shares with others: on the left the request and head that warps before it have
+/// tiles of as well, if it ends in this warp's piece; on the right the one that goes on in the warps after it. Collective
+/// over the warp.
 template <typename T>
 FI_PREFETCH_DEVICE void keep_shares(const DecodeParams& p, RequestScan<T::kWindow>& scan, const Piece<T>& piece,
                                     const SharedMemory<T>& shared) {
@@ -100,7 +103,7 @@ FI_PREFETCH_DEVICE void keep_shares(const DecodeParams& p, RequestScan<T::kWindo
 #pragma unroll 1
   for (uint32_t on_the_right = 0; on_the_right < 2; ++on_the_right) {
     if (piece.count > 0 && on_the_right && end < piece_end) {
-      at = TileCursor<T::kWindow>(scan.locate(piece_end - 1, p.num_kv_heads));
+      at = TileCursor<T::kWindow>(p, piece.partition, scan, piece_end - 1, warp);
       begin = piece_end - 1 - at.tile, end = begin + at.request.tiles;
     }
     Share share{};
@@ -155,20 +158,23 @@ FI_PREFETCH_DEVICE void write_empty_requests(const DecodeParams& p) {
 }
 
 /// Puts away what the warp computed of a request and head, when its last tile in the warp's piece is done: to the
-/// output if no other warp has a tile of it, else to shared memory for the block's merge. `begin` and `end`: where the
-/// request and head's tiles are on the line.
+/// output if no other warp has a tile of it, else to shared memory for the block's merge, or to where it meets the other
+/// warps by itself. `begin` and `end`: where the request and head's tiles are on the line.
 template <typename T>
 FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece<T>& piece, const Run& run, uint32_t begin,
                                  uint32_t end, WarpAttention<T>& attention, const SharedMemory<T>& shared) {
   const bool goes_on = end > piece.begin + piece.count;
   attention.finish();
-  if (begin >= piece.begin && !goes_on) {
+  const bool has_all = begin >= piece.begin && !goes_on;
+  const bool abreast = piece.partition.abreast_log2 > 0;
+  const uint32_t warp = warp_index();
+  const Share& share = (goes_on ? shared.right_shares : shared.left_shares)[warp];
+  if (has_all || (abreast && meet_other_warps<T>(p, share, piece.partition.abreast_log2, attention))) {
     attention.write_output(run.request, run.head);
-    return;
   }
+  if (has_all || abreast) return;
   // What goes on is the piece's last: its ring holds no other tile, and after the barrier no lane reads this one.
   __syncwarp();
-  const uint32_t warp = warp_index();
   attention.write_partial(goes_on ? shared.right_partial(warp) : shared.left_partial(warp, p.group_size * p.q_len));
 }
 
@@ -216,7 +222,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   // What is read before the kernels that this one depends on have finished is final if the caller promised so, else a
   // guess: no more than hints and copies into the ring follow from it until it was compared with what is there after
   // the wait.
-  const bool early_load = p.dependent_launch && p.levers.early_load && p.levers.ready == kAllButLastToken;
+  const bool may_load_early = p.dependent_launch && p.levers.ready == kAllButLastToken;
   const bool is_final = p.levers.ready != kNothing;
   bool before_wait = p.dependent_launch && (is_final || RequestScan<T::kWindow>::can_compare(p));
   prefetch_counters(p);
@@ -228,7 +234,9 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     RequestScan<T::kWindow> scan(p, shared.rings);
     piece = find_piece<T>(p, scan);
     pipeline.start(piece.first, piece.count);
-    if (before_wait) {
+    const bool early_load =
+        may_load_early && piece.partition.tiles <= static_cast<uint64_t>(p.levers.early_load) * piece.partition.workers;
+    if (before_wait && !early_load) {
       const uint32_t tiles = min(piece.count, static_cast<uint32_t>(p.levers.prologue));
       const auto never = [] { return false; };
       if (tiles > 0) prefetch_head_of_piece<T>(p, piece.first, tiles, /*evict_last=*/false, never);
@@ -303,6 +311,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   }
 
   count_running(p, -1);
+  if (piece.partition.abreast_log2 > 0) return;               // its warps met others by themselves
   if (blockIdx.x * warps >= piece.partition.workers) return;  // a block without work, all of its warps
   __syncthreads();
   merge_shares<T>(p, shared);

@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(256, 1)
     TileCursor<T::kWindow> at;
     at.request = location.request;
     at.request_index = location.request_index;
+    at.head_step = 1;
     const uint32_t splits = max(count(at.request), 1u);
     at.head = min(location.offset / splits, p.num_kv_heads - 1u);
     const uint32_t split = min(location.offset - at.head * splits, splits - 1);

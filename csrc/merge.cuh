@@ -2,8 +2,8 @@
 // the splits, so the result does not depend on who finished first.
 //
 // Warps meet in shared memory at the block's end. Blocks meet in global memory, row by row: each leaves a partial and
-// counts itself; the one that finds the others there merges. No block waits for another, so no order of execution can
-// hang.
+// counts itself; the one that finds the others there merges. Warps that read kv heads abreast meet those of other blocks
+// in the same way, each by itself. Nobody waits for another, so no order of execution can hang.
 #pragma once
 
 #include "attention.cuh"
@@ -14,11 +14,11 @@ namespace fi_prefetch {
 struct __align__(16) Share {
   uint32_t request;
   uint32_t head;
-  uint32_t warps;        // of this block that have tiles of it: a bit each
-  uint32_t goes_on;      // those of them after which it goes on in another warp
-  uint32_t first_block;  // the blocks that have
-  uint32_t blocks;
-  uint32_t leads;  // 1: the warp that keeps this is the first of `warps`
+  uint32_t warps;    // of this block that have tiles of it: a bit each
+  uint32_t goes_on;  // those of them after which it goes on in another warp
+  uint32_t first;    // the blocks that have, or the workers of the partition where heads are read abreast
+  uint32_t count;
+  uint32_t leads;  // 1: the warp that keeps this is the first of `warps`, and the block meets others
   uint32_t padding;
 };
 
@@ -175,7 +175,7 @@ template <typename T>
 FI_PREFETCH_DEVICE void merge_share(const DecodeParams& p, const Share& share, uint32_t n, const float* base,
                                     uint32_t place) {
   const uint32_t rows = p.group_size * p.q_len;
-  const uint32_t first_block = share.first_block, blocks = share.blocks;
+  const uint32_t first_block = share.first, blocks = share.count;
   uint32_t fan_in = blocks;
   if (blocks > kMostPartials) {
     for (fan_in = 6; fan_in * fan_in < blocks;) ++fan_in;
@@ -207,6 +207,25 @@ FI_PREFETCH_DEVICE void merge_share(const DecodeParams& p, const Share& share, u
     first = first_block, step = fan_in, count = (blocks + fan_in - 1) / fan_in;
     counter = p.counters + (2 * gridDim.x + first_block) * rows + n;
   }
+}
+
+/// Meets the warps of other workers that have tiles of a request and head: leaves what this one has in global memory. The
+/// last warp to come adds it all up, in the order of the pieces, and is told so by true. A warp has two places there: for
+/// what it shares with warps before it, and for what begins in its piece and goes on after it. Collective over the warp.
+template <typename T>
+FI_PREFETCH_DEVICE bool meet_other_warps(const DecodeParams& p, const Share& share, uint32_t abreast_log2,
+                                         WarpAttention<T>& attention) {
+  const uint32_t own = warp_number(), step = 1u << abreast_log2;
+  const uint32_t first = share.first * step + own % step, count = share.count;
+  const auto place = [&](uint32_t warp) {
+    return reinterpret_cast<float4*>(p.partials) + (2 * warp + (warp == first)) * WarpAttention<T>::kSavedVectors;
+  };
+  attention.save(place(own));
+  if (!arrive(p.counters + first, count)) return false;
+  attention.forget();
+#pragma unroll 1
+  for (uint32_t i = 0; i < count; ++i) attention.add_saved(place(first + i * step));
+  return true;
 }
 
 }  // namespace fi_prefetch

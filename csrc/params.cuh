@@ -35,7 +35,7 @@ struct PageTable {
 struct PrefetchLevers {
   int32_t run_ahead;   // tiles beyond the pipeline; 0 is off
   int32_t prologue;    // tiles brought into L2 before the dependency wait; 0 is off
-  int32_t early_load;  // 1: start the pipeline before the dependency wait
+  int32_t early_load;  // start the pipeline before the dependency wait where warps have at most so many tiles; 0 is off
   int32_t ready;       // what the caller promises is final before the wait: see Ready
   int32_t stream;      // 1: KV leaves L2 first once it was read (evict_first)
 };
@@ -48,6 +48,7 @@ struct DecodeParams {
   PageTable table;
   int32_t num_kv_heads;
   uint32_t min_tiles_per_warp;  // fewer blocks work when there is less than this to do; 0: the kernel chooses
+  uint32_t abreast_log2;        // log2 of the kv heads that neighbouring warps may read abreast
   int32_t dependent_launch;     // 1: kernels before this one may still run when it starts
   int32_t q_len;                // query tokens per request, the newest of it (bottom-right causal)
   int32_t window_left;          // tokens before the query's own that it sees; only read with a sliding window
@@ -69,8 +70,8 @@ struct DecodeParams {
   void* o;             // [batch * q_len, num_qo_heads, HEAD_DIM], contiguous
   float* lse;          // [batch * q_len, num_qo_heads], base 2, or null
   const float* sinks;  // [num_qo_heads] or null
-  float* partials;     // [2 * gridDim.x, rows, HEAD_DIM + 4]
-  int32_t* counters;   // [3 * gridDim.x, rows], zero between calls
+  float* partials;     // [2 * gridDim.x, rows, HEAD_DIM + 4], or of warps: [2 * warps, WarpAttention::kSavedVectors]
+  int32_t* counters;   // [3 * gridDim.x, rows], or one a warp; zero between calls
   int32_t* running;    // counts the blocks that read KV now, for a window's prefetch to give way; null: nobody asks
   // Only read with rotary positions:
   double rope_turns;  // by which the first pair of dimensions is turned from token to token: 1 / (2 pi rope_scale)

@@ -18,7 +18,7 @@ struct PrefetchKvParams {
 /// decode call's, of as many warps, a block asks for what the block of the same number will read, on the same SM where
 /// the GPU is free: lines that another SM asked for are read at 4.1 TB/s, those that the same did at 6.8 (H100).
 template <typename T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     prefetch_kv_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ PrefetchKvParams window) {
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
@@ -26,11 +26,12 @@ __global__ void __launch_bounds__(256)
   const Partition partition = cut(p, scan, window.blocks, window.warps);
   const auto give_way = [&] { return p.running != nullptr && ptx::load_relaxed(p.running) > 0; };
   const uint32_t stride = gridDim.x * warps_per_block();
-  for (uint32_t worker = blockIdx.x * warps_per_block() + warp_index(); worker < partition.workers; worker += stride) {
+  for (uint32_t warp = blockIdx.x * warps_per_block() + warp_index(); warp < partition.warps(); warp += stride) {
+    const uint32_t worker = warp >> partition.abreast_log2;
     const uint32_t begin = partition.begin(worker);
     const uint32_t count = min(partition.begin(worker + 1) - begin, window.tiles_per_warp);
     if (count == 0) continue;
-    const TileCursor<T::kWindow> first(scan.locate(begin, p.num_kv_heads));
+    const TileCursor<T::kWindow> first(p, partition, scan, begin, warp);
     prefetch_head_of_piece<T>(p, first, count, window.evict_last, give_way);
   }
 }

@@ -20,6 +20,8 @@ FI_PREFETCH_DEVICE Value uniform(Value value) {
 }
 FI_PREFETCH_DEVICE uint32_t warp_index() { return uniform(threadIdx.x / 32); }
 FI_PREFETCH_DEVICE uint32_t warps_per_block() { return blockDim.x / 32; }
+/// The warp's in the grid.
+FI_PREFETCH_DEVICE uint32_t warp_number() { return blockIdx.x * warps_per_block() + warp_index(); }
 
 FI_PREFETCH_DEVICE uint32_t warp_inclusive_sum(uint32_t x) {
   for (uint32_t distance = 1; distance < 32; distance *= 2) {
@@ -231,11 +233,14 @@ class RequestScan {
 /// whole blocks late).
 struct Partition {
   uint32_t tiles;
-  uint32_t workers;  // at most 65,535, so that j * share fits 32 bits
-  uint32_t share;    // a worker's, in 2^-32 of the line, rounded up
+  uint32_t workers;       // at most 65,535, so that j * share fits 32 bits
+  uint32_t share;         // a worker's, in 2^-32 of the line, rounded up
+  uint32_t abreast_log2;  // a worker is this many neighbouring warps (log2): see cut()
 
-  FI_PREFETCH_DEVICE Partition(uint32_t tiles_, uint32_t workers_)
-      : tiles(tiles_), workers(workers_), share(0xffffffffu / workers_ + 1) {}
+  FI_PREFETCH_DEVICE Partition(uint32_t tiles_, uint32_t workers_, uint32_t abreast_log2_ = 0)
+      : tiles(tiles_), workers(workers_), share(0xffffffffu / workers_ + 1), abreast_log2(abreast_log2_) {}
+
+  FI_PREFETCH_DEVICE uint32_t warps() const { return workers << abreast_log2; }
 
   FI_PREFETCH_DEVICE uint32_t begin(uint32_t j) const { return j >= workers ? tiles : __umulhi(tiles, j * share); }
 
@@ -280,14 +285,26 @@ FI_PREFETCH_DEVICE uint32_t active_blocks(uint32_t tiles, uint32_t blocks, uint3
   return max(full + (full * tiles_per_block != tiles), 1u);
 }
 
-/// The cut for a grid of `blocks` blocks of `warps` warps.
+/// Whether neighbouring warps read neighbouring kv heads abreast, the same tokens of each at about the same time: rows
+/// that lie side by side in HBM. Each then meets others by itself, and so must have little to meet about: a piece is
+/// long, and holds two of the longest request and head.
+FI_PREFETCH_DEVICE bool reads_abreast(uint32_t tiles, uint32_t warps, uint32_t longest_request) {
+  constexpr uint32_t kLongPiece = 32;
+  return tiles >= static_cast<uint64_t>(max(kLongPiece, 2 * longest_request)) * warps;
+}
+
+/// The cut for a grid of `blocks` blocks of `warps` warps. Where kv heads are read abreast, a worker is 2^abreast_log2
+/// neighbouring warps, and the line that of a head in as many: warp w has the heads that leave w.
 template <bool WINDOW>
 FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, const RequestScan<WINDOW>& scan, uint32_t blocks,
                                  uint32_t warps) {
   const uint32_t tiles = scan.total() * p.num_kv_heads;
   const uint32_t min_tiles = p.min_tiles_per_warp > 0 ? p.min_tiles_per_warp : default_min_tiles(scan.longest());
   const uint32_t equal = scan.longest() * p.table.batch_size == scan.total() ? scan.longest() : 0;
-  return Partition(tiles, active_blocks(tiles, blocks, warps, min_tiles, equal) * warps);
+  const uint32_t log2 = reads_abreast(tiles, blocks * warps, scan.longest()) ? p.abreast_log2 : 0;
+  // Blocks that work, or workers where these are parts of one or more blocks.
+  const uint32_t most = log2 > 0 ? blocks * warps >> log2 : blocks, workers = log2 > 0 ? 1 : warps;
+  return Partition(tiles >> log2, active_blocks(tiles >> log2, most, workers, min_tiles, equal) * workers, log2);
 }
 
 /// Walks the line of tiles. The same values in every lane of the warp.
@@ -297,23 +314,32 @@ struct TileCursor {
   uint32_t request_index;
   uint32_t head;
   uint32_t tile;
+  uint32_t head_step;  // a power of two
 
   TileCursor() = default;
-  FI_PREFETCH_DEVICE explicit TileCursor(const Location& at) : request(at.request), request_index(at.request_index) {
+  /// At tile `position` of the line of warp number `warp`. Collective over the warp.
+  FI_PREFETCH_DEVICE TileCursor(const DecodeParams& p, const Partition& partition, RequestScan<WINDOW>& scan,
+                                uint32_t position, uint32_t warp)
+      : head_step(1u << partition.abreast_log2) {
+    const Location at = scan.locate(position, p.num_kv_heads >> partition.abreast_log2);
+    request = at.request;
+    request_index = at.request_index;
     const uint32_t tiles = max(request.tiles, 1u);  // a warp without a piece has no location
-    head = small_quotient(at.offset, tiles);
-    tile = at.offset - head * tiles;
+    const uint32_t step = small_quotient(at.offset, tiles);
+    head = step * head_step + warp % head_step;
+    tile = at.offset - step * tiles;
   }
 
   FI_PREFETCH_DEVICE int32_t token() const { return request.first_token + static_cast<int32_t>(tile * kTileTokens); }
 
-  /// `tiles` on, but at most to the first tile of the next kv head or request. The caller knows that there is one.
+  /// `tiles` on, but at most to the first tile of its next kv head or request. The caller knows that there is one.
   FI_PREFETCH_DEVICE void advance(const DecodeParams& p, uint32_t tiles = 1) {
     tile += tiles;
     if (tile < request.tiles) return;
     tile = 0;
-    if (++head < static_cast<uint32_t>(p.num_kv_heads)) return;
-    head = 0;
+    head += head_step;
+    if (head < static_cast<uint32_t>(p.num_kv_heads)) return;
+    head &= head_step - 1;
     next_request(p);
   }
 

@@ -88,7 +88,7 @@ def decide(
         tuned = _on_tuned_grid(module, plan_info, spec, kv_bytes, device.facts(float_workspace.device))
         if int(tuned[3]) <= size:
             plan_info = tuned
-    blocks, warps, _, partial_bytes, counter_bytes, _, _, stages = (int(number) for number in list(plan_info))
+    blocks, warps, _, partial_bytes, counter_bytes, _, _, stages, _ = (int(number) for number in list(plan_info))
     tile_bytes = 2 * _TILE_TOKENS * spec.head_dim * spec.dtype_kv.itemsize
     counter_bytes = max(counter_bytes, 4)  # a launch takes a buffer of them even where nothing meets
     return Decision(

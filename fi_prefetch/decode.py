@@ -214,7 +214,6 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             ready=self._ready,
             batch_size=decision.spec.batch_size,
             fixed_split=decision.spec.split_tokens is not None,
-            streams_faster=facts.streams_faster,
         )
         return resolve(self._policy, launch, pdl)
 

@@ -21,7 +21,6 @@ class GpuFacts:
         l2_bytes: L2 cache size in bytes.
         read_ceiling_gbs: HBM read bandwidth in GB/s a kernel can reach; None where it is not known.
         ceiling_is_nominal: True where `read_ceiling_gbs` is the data sheet's figure and not a measurement.
-        streams_faster: True where long reads are faster of lines that leave L2 first.
     """
 
     name: str
@@ -31,15 +30,12 @@ class GpuFacts:
     l2_bytes: int
     read_ceiling_gbs: float | None
     ceiling_is_nominal: bool
-    streams_faster: bool = False
 
 
 # Longest name first where one is a prefix of another: an H200 is not an H20.
 _KEYS = ("GH200", "GB200", "H200", "H100", "H800", "H20", "B200", "A100", "A800", "L40S", "L40", "L4", "A10G", "A10")
 # (GB/s, nominal). The 80 GB HBM3 H100; the PCIe and NVL boards have other memory.
 _READ_CEILING_GBS = {"h100": (3050.0, False), "h200": (4500.0, False), "h20": (4000.0, True)}
-# By 8 to 13 % above 64 MB of KV on an H200, by nothing on an H100.
-_STREAMS_FASTER = ("h200",)
 _OTHER_H100_MEMORY = re.compile(r"PCIe|NVL|MIG", re.IGNORECASE)
 
 
@@ -51,7 +47,7 @@ def describe(name: str, capability: tuple[int, int], sm_count: int, l2_bytes: in
         ceiling, nominal = None, False
     if key is None:
         key = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "")).strip("-") or "gpu"
-    return GpuFacts(name, key, capability, sm_count, l2_bytes, ceiling, nominal, key in _STREAMS_FASTER)
+    return GpuFacts(name, key, capability, sm_count, l2_bytes, ceiling, nominal)
 
 
 @functools.cache

@@ -23,13 +23,11 @@ WELL_FED_BYTES_PER_SM = 64 << 10
 # a warp hides as much as two.
 PROLOGUE_KV_BYTES = 512 * MIB
 PROLOGUE_TILES = 1
-# Up to this much early load beats the prologue. In a layer with more, its full rings keep the queries waiting that the
-# kernel before has just written, and it loses up to 1.2 us to the prologue (H100, layers of a Llama-8B and of a 70B's
-# rank: it wins 0.1 to 0.3 us up to 4 MB, and nothing it could rely on above).
-EARLY_LOAD_KV_BYTES = 4 * MIB
-# On GPUs that read streaming lines faster they pay above this; up to it a benchmark that rotates over caches could not
-# tell a gain from lines that the call before left in L2.
-STREAMING_KV_BYTES = 64 * MIB
+# Where a warp has no more than this, which is 32 MB a call on 132 SMs, early load beats the prologue: by 0.3 us on
+# average in layers of a Llama-8B and of a 70B's rank, by 0.3 to 1.2 us back to back (H200). With more, its full rings
+# keep the queries waiting that the kernel before has just written, and it loses 0.3 to 0.6 us (1.2 on an H100).
+EARLY_LOAD_BYTES_PER_WARP = 32 << 10
+ALWAYS = 1 << 16  # more tiles than a warp has
 DEFAULT_L2_FRACTION = 0.5
 
 
@@ -40,9 +38,9 @@ class PrefetchPolicy:
     Attributes:
         run_ahead: tiles beyond a warp's pipeline to prefetch into L2 in the main loop; "auto" chooses.
         prologue: tiles a warp prefetches into L2 before it waits for the kernel before it; "auto" chooses.
-        early_load: start real loads before that wait, where the wrapper's `ready` promises that this is safe; "auto"
-            does so where it pays.
-        streaming_hint: load KV so that it leaves L2 first; "auto" does so where it pays.
+        early_load: start real loads before that wait, where the wrapper's `ready` promises that this is safe, and
+            leave the prologue out; "auto" does so where the kernel finds that a warp has little to read.
+        streaming_hint: load KV so that it leaves L2 first; "auto" does so.
         l2_budget: what prefetches may hold of L2, as bytes (int) or as a fraction of L2 in [0, 1] (float).
     """
 
@@ -151,7 +149,6 @@ class LaunchFacts(NamedTuple):
         ready: what the wrapper's user promises is final when the kernel starts.
         batch_size: requests.
         fixed_split: whether it is the batch-invariant kernel, which starts with the dependency wait.
-        streams_faster: whether this GPU reads lines faster that leave L2 first.
     """
 
     blocks: int
@@ -164,7 +161,6 @@ class LaunchFacts(NamedTuple):
     ready: str = "nothing"
     batch_size: int = 1
     fixed_split: bool = False
-    streams_faster: bool = False
 
     @property
     def guesses(self) -> bool:
@@ -178,7 +174,8 @@ class PrefetchPlan:
     """What was chosen for one launch, in tiles and bytes, and why.
 
     Attributes:
-        run_ahead, prologue: tiles a warp; `early_load`, `streaming_hint`: on or off.
+        run_ahead, prologue: tiles a warp; `streaming_hint`: on or off.
+        early_load: most tiles of a warp with which a call loads early, and then has no prologue; 0 is off.
         ready: what the wrapper's user promises is final when the kernel starts.
         pdl: whether the launch is a programmatic dependent one.
         budget_bytes: what prefetches may hold of L2; `demand_bytes`: what this plan can hold at most.
@@ -188,7 +185,7 @@ class PrefetchPlan:
 
     run_ahead: int
     prologue: int
-    early_load: bool
+    early_load: int
     streaming_hint: bool
     ready: str
     pdl: bool
@@ -203,7 +200,7 @@ class PrefetchPlan:
         return [
             self.run_ahead,
             self.prologue,
-            int(self.early_load),
+            self.early_load,
             READY_CODES[self.ready],
             int(self.streaming_hint),
         ]
@@ -228,7 +225,7 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
         limits += f"; a warp reads at most {tiles_per_warp}"
 
     early_load, why_early_load = _resolve_early_load(policy, facts, pdl)
-    asked, why = _asked_prologue(policy, facts, pdl, early_load)
+    asked, why = _asked_prologue(policy, facts, pdl)
     prologue = min(asked, affordable, tiles_per_warp)
     reasons = [f"prologue {prologue}: {why}" + (f", {limits}" if prologue < asked else "")]
 
@@ -238,7 +235,8 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
 
     reasons.append(f"early load {'on' if early_load else 'off'}: {why_early_load}")
 
-    streaming, why = _resolve_streaming(policy, facts)
+    streaming = bool(policy.streaming_hint)
+    why = "a call reads its KV once" if policy.streaming_hint == "auto" else "the policy says so"
     reasons.append(f"streaming hint {'on' if streaming else 'off'}: {why}")
 
     return PrefetchPlan(
@@ -263,7 +261,7 @@ def _kv_text(facts: LaunchFacts) -> str:
     return "unknown KV" if facts.kv_bytes is None else f"{facts.kv_bytes / MIB:.1f} MiB of KV"
 
 
-def _asked_prologue(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool, early_load: bool) -> tuple[int, str]:
+def _asked_prologue(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> tuple[int, str]:
     if not pdl:
         return 0, "without programmatic dependent launch there is no wait to prefetch before"
     if facts.fixed_split:
@@ -272,8 +270,6 @@ def _asked_prologue(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool, early
         return 0, f"nothing is promised, and {facts.batch_size} requests are more than a block can check afterwards"
     if policy.prologue != "auto":
         return policy.prologue, "the policy says so"
-    if early_load:
-        return 0, "early load brings the first tiles all the way"
     if facts.kv_bytes is None:
         return PROLOGUE_TILES, "a CUDA graph may be replayed on little KV, where the first tiles' latency shows"
     kv = _kv_text(facts)
@@ -292,31 +288,16 @@ def _asked_run_ahead(policy: PrefetchPolicy, facts: LaunchFacts, warps_per_sm: i
     return missing, f"{fed}, {missing} more tiles a warp reach {WELL_FED_BYTES_PER_SM >> 10} KiB"
 
 
-def _resolve_streaming(policy: PrefetchPolicy, facts: LaunchFacts) -> tuple[bool, str]:
-    if policy.streaming_hint != "auto":
-        return policy.streaming_hint, "the policy says so"
-    if not facts.streams_faster:
-        return False, "this GPU reads no faster with it"
-    if facts.kv_bytes is None:
-        return True, "this GPU reads much KV faster with it, and a CUDA graph may be replayed on much"
-    pays = facts.kv_bytes > STREAMING_KV_BYTES
-    limit = f"{STREAMING_KV_BYTES // MIB} MiB, above which this GPU reads faster with it"
-    return pays, f"{_kv_text(facts)} is {'over' if pays else 'at most'} {limit}"
-
-
-def _resolve_early_load(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> tuple[bool, str]:
+def _resolve_early_load(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> tuple[int, str]:
     if not policy.early_load:
-        return False, "the policy says so"
+        return 0, "the policy says so"
     if not pdl:
-        return False, "without programmatic dependent launch there is no wait to load before"
+        return 0, "without programmatic dependent launch there is no wait to load before"
     if facts.fixed_split:
-        return False, _STARTS_WITH_THE_WAIT
+        return 0, _STARTS_WITH_THE_WAIT
     if facts.ready != "all_but_last_token":
-        return False, f'ready is "{facts.ready}"'
+        return 0, f'ready is "{facts.ready}"'
     if policy.early_load != "auto":
-        return True, "the policy says so"
-    limit = f"{EARLY_LOAD_KV_BYTES // MIB} MiB, up to which it beats the prologue"
-    if facts.kv_bytes is None:
-        return False, f"a CUDA graph may be replayed on more than the {limit}"
-    pays = facts.kv_bytes <= EARLY_LOAD_KV_BYTES
-    return pays, f"{_kv_text(facts)} is {'at most' if pays else 'over'} {limit}"
+        return ALWAYS, "the policy says so"
+    tiles = max(EARLY_LOAD_BYTES_PER_WARP // facts.tile_bytes, 1) if facts.tile_bytes else 1
+    return tiles, f"instead of the prologue where a warp has at most {tiles} tiles, which the kernel sees"

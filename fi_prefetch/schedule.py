@@ -3,7 +3,8 @@
 Nothing that runs a decode uses this: the kernel makes its schedule itself, on the device.
 
 All tiles of a batch form one line, ordered by request, then kv head, then token. It is cut into one piece a warp, equal
-to within one tile.
+to within one tile. Where pieces are long, neighbouring warps read neighbouring kv heads abreast: the line is then that of
+every so-many-th head, and as many warps have the same piece of it, each of another head.
 """
 
 from __future__ import annotations
@@ -60,6 +61,19 @@ def default_min_tiles(longest_request: int) -> int:
     return 1 << max(longest_request // 128, 1).bit_length() // 2
 
 
+def most_abreast(warps: int, num_kv_heads: int) -> int:
+    """As many kv heads as the grid's warps can share out evenly, a power of two up to 32."""
+    abreast = 1
+    while abreast < 32 and warps % (2 * abreast) == 0 and num_kv_heads % (2 * abreast) == 0:
+        abreast *= 2
+    return abreast
+
+
+def reads_abreast(tiles: int, warps: int, longest_request: int) -> bool:
+    """Whether `warps` warps with `tiles` tiles to share read kv heads abreast."""
+    return tiles >= max(32, 2 * longest_request) * warps
+
+
 def active_blocks(tiles: int, blocks: int, warps: int, min_tiles: int, equal: int = 0) -> int:
     """Blocks of the grid that get work. `equal`: what all requests have in tiles, 0 where they differ."""
     piece = min_tiles
@@ -94,6 +108,7 @@ class Schedule:
         num_kv_heads: heads; each request and head is worked on separately.
         blocks, warps: the grid, and the warps of a block.
         min_tiles_per_warp: with less than this to do for every warp, fewer blocks work; 0: the kernel chooses.
+        most_abreast: kv heads that neighbouring warps may read abreast.
         q_len, window_left: as in the wrapper's plan.
     """
 
@@ -102,6 +117,7 @@ class Schedule:
     blocks: int
     warps: int
     min_tiles_per_warp: int = 0
+    most_abreast: int = 1
     q_len: int = 1
     window_left: int = -1
 
@@ -111,34 +127,44 @@ class Schedule:
         return [request_tiles(length, self.q_len, self.window_left) for length in self.lengths]
 
     @cached_property
+    def abreast(self) -> int:
+        """Kv heads that are read abreast, each by a warp of its own; a worker of the partition is so many warps."""
+        tiles = sum(self.tiles) * self.num_kv_heads
+        abreast = reads_abreast(tiles, self.blocks * self.warps, max(self.tiles, default=0))
+        return self.most_abreast if abreast else 1
+
+    @cached_property
     def partition(self) -> Partition:
-        total = sum(self.tiles) * self.num_kv_heads
+        """The cut of the line, which all workers share."""
+        line = sum(self.tiles) * self.num_kv_heads // self.abreast
         longest = max(self.tiles, default=0)
         equal = longest if longest * len(self.tiles) == sum(self.tiles) else 0
         min_tiles = self.min_tiles_per_warp or default_min_tiles(longest)
-        working = active_blocks(total, self.blocks, self.warps, min_tiles, equal)
-        return Partition(total, working * self.warps)
+        if self.abreast > 1:
+            return Partition(line, active_blocks(line, self.blocks * self.warps // self.abreast, 1, min_tiles, equal))
+        return Partition(line, active_blocks(line, self.blocks, self.warps, min_tiles, equal) * self.warps)
 
     @property
     def working_blocks(self) -> int:
-        return self.partition.workers // self.warps
+        return -(-self.partition.workers * self.abreast // self.warps)
 
     @cached_property
     def segments(self) -> list[Segment]:
-        """All segments, in the line's order."""
+        """All segments, in the line's order; those of heads that are read abreast one head after another."""
         segments = []
-        position, worker = 0, 0
-        for request, tiles in enumerate(self.tiles):
-            for head in range(self.num_kv_heads):
-                tile = 0
-                while tile < tiles:
-                    while self.partition.begin(worker + 1) <= position:
-                        worker += 1
-                    end_tile = min(tiles, tile + self.partition.begin(worker + 1) - position)
-                    block, warp = divmod(worker, self.warps)
-                    segments.append(Segment(block, warp, request, head, tile, end_tile))
-                    position += end_tile - tile
-                    tile = end_tile
+        for lane in range(self.abreast):
+            position, worker = 0, 0
+            for request, tiles in enumerate(self.tiles):
+                for head in range(lane, self.num_kv_heads, self.abreast):
+                    tile = 0
+                    while tile < tiles:
+                        while self.partition.begin(worker + 1) <= position:
+                            worker += 1
+                        end_tile = min(tiles, tile + self.partition.begin(worker + 1) - position)
+                        block, warp = divmod(worker * self.abreast + lane, self.warps)
+                        segments.append(Segment(block, warp, request, head, tile, end_tile))
+                        position += end_tile - tile
+                        tile = end_tile
         return segments
 
     @property

@@ -43,7 +43,7 @@ static DecodeParams params(const void* q, void* o, float* lse, const float* sink
   p.num_qo_heads = n[15]; p.num_kv_heads = n[16]; p.group_size = n[15] / n[16];
   p.group_inverse = 65536 / p.group_size + 1;
   p.q_len = n[17];
-  p.window_left = n[18]; p.min_tiles_per_warp = n[19]; p.dependent_launch = n[25];
+  p.window_left = n[18]; p.min_tiles_per_warp = n[19]; p.dependent_launch = n[25]; p.abreast_log2 = n[26];
   p.scale_log2 = x[0]; p.inverse_cap = x[1]; p.v_scale = x[2]; p.rope_turns = x[3]; p.rope_ratio = x[4];
   p.partials = partials; p.counters = counters;
   p.levers = {int32_t(n[20]), int32_t(n[21]), int32_t(n[22]), int32_t(n[23]), int32_t(n[24])};
@@ -120,6 +120,7 @@ class Problem:
     blocks: int = 5
     warps: int = 4
     min_tiles: int = 1
+    abreast_log2: int = 0
     seed: int = 0
     resident: int = 3
     stages: int | None = None
@@ -183,8 +184,10 @@ def arguments(problem: Problem):
     lse, lse_buffer = guarded(tuple(p.q.shape[:2]), torch.float32)
     stride = p.q.shape[2] + 4
     slots, meetings = (2 * p.blocks, 3 * p.blocks) if p.split_tiles is None else (p.most_splits, p.most_splits)
-    partials, partials_buffer = guarded((slots * p.rows * stride,), torch.float32)
-    counters = torch.zeros(max(meetings * p.rows, 1), dtype=torch.int32)
+    warps = p.blocks * p.warps if p.abreast_log2 else 0
+    saved = 128 * -(-p.rows // 8) * (p.q.shape[2] // 16 + 1)
+    partials, partials_buffer = guarded((max(slots * p.rows * stride, 2 * warps * saved),), torch.float32)
+    counters = torch.zeros(max(meetings * p.rows, warps, 1), dtype=torch.int32)
     itemsize = p.k.element_size()
     byte_strides = [s * itemsize for t in (p.k, p.v) for s in (t.stride(0), t.stride(1), t.stride(2))]
     unit_shift = min((s & -s).bit_length() - 1 for s in byte_strides if s > 0)
@@ -195,7 +198,7 @@ def arguments(problem: Problem):
          len(p.last_page_len), len(p.indices), p.k.shape[0], page_size,
          page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else -1,
          p.q.shape[1], p.k.shape[2], p.q_len, p.window_left, p.min_tiles, *p.levers,
-         int(p.dependent_launch)],
+         int(p.dependent_launch), p.abreast_log2],
         dtype=np.int64,
     )  # fmt: skip
     sm_scale = p.sm_scale if p.sm_scale is not None else p.q.shape[2] ** -0.5

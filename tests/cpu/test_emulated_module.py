@@ -97,9 +97,7 @@ def test_several_query_tokens(group, q_len):
 @pytest.mark.parametrize("ready", ["nothing", "page_table", "all_but_last_token"])
 def test_promises(ready):
     wrapper = assert_wrapper_is_right(make_batch([40, 1, 130], dtype=BF16), ready=ready)
-    assert wrapper.prefetch_plan.early_load == (ready == "all_but_last_token")
-    # Early load brings the first tiles itself.
-    assert (wrapper.prefetch_plan.prologue > 0) == (ready != "all_but_last_token")
+    assert (wrapper.prefetch_plan.early_load > 0) == (ready == "all_but_last_token")
 
 
 def test_one_wrapper_over_many_plans():
@@ -238,8 +236,23 @@ BAD_INPUT = {
     "window not compiled in": (bad(window_left=5), ValueError, "window_left"),
     "soft cap not compiled in": (bad(soft_cap=5.0), ValueError, "logits_soft_cap"),
     "no layout": (bad(layout=2), ValueError, "kv_layout_code: expected 0"),
-    "short plan": (bad(plan_info=[1, 2]), ValueError, "plan_info: expected the 8 numbers"),
-    "plan beyond the GPU": (bad(plan_info=[5, 9, 0, 0, 0, 4, 1, 3]), ValueError, "plan_info: 5 blocks of 9 warps"),
+    "short plan": (bad(plan_info=[1, 2]), ValueError, "plan_info: expected the 9 numbers"),
+    "plan beyond the GPU": (bad(plan_info=[5, 9, 0, 0, 0, 4, 1, 3, 0]), ValueError, "plan_info: 5 blocks of 9 warps"),
+    "heads that are not there abreast": (
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 2]),
+        ValueError,
+        r"plan_info: .* 2\^2 of 2 kv heads abreast",
+    ),
+    "a workspace that no warps can meet in": (
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 1], float_workspace=workspace(1 << 16)),
+        ValueError,
+        "float_workspace_buffer: expected at least 368640",
+    ),
+    "counters for too few warps": (
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 1], counters=torch.zeros(39, dtype=torch.int32)),
+        ValueError,
+        "counters: expected at least 40",
+    ),
     "levers": (bad(prefetch=[1]), ValueError, "prefetch: expected"),
     "q_len": (bad(q_len=0), ValueError, "q: expected shape"),
     "rope_scale": (bad(rope_scale=0.0, position="ROPE_LLAMA"), ValueError, "rope_scale, rope_theta: expected 0.001"),
@@ -247,22 +260,22 @@ BAD_INPUT = {
     "short sinks": (bad(sinks=torch.zeros(3)), ValueError, "sinks: expected at least 4"),
     "running of another type": (bad(running=torch.zeros(1)), TypeError, "running: expected dtype int32"),
     "a plan without splits": (
-        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3], fixed_split=True),
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 0], fixed_split=True),
         ValueError,
         "plan_info: .* 0 tiles a split",
     ),
     "a split too long": (
-        bad(plan_info=[5, 8, 0, 0, 0, 2, 1 << 29, 3], fixed_split=True),
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 1 << 29, 3, 0], fixed_split=True),
         ValueError,
         "536870912 tiles a split",
     ),
     "a workspace that holds no split": (
-        bad(plan_info=[5, 8, 0, 0, 0, 2, 1, 3], float_workspace=workspace(64), fixed_split=True),
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 1, 3, 0], float_workspace=workspace(64), fixed_split=True),
         ValueError,
         "float_workspace_buffer: expected at least",
     ),
     "counters for no split": (
-        bad(plan_info=[5, 8, 0, 0, 0, 2, 1, 3], counters=torch.zeros(3, dtype=torch.int32), fixed_split=True),
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 1, 3, 0], counters=torch.zeros(3, dtype=torch.int32), fixed_split=True),
         ValueError,
         "counters: expected at least",
     ),
@@ -299,6 +312,27 @@ def test_workspace_size_is_what_plan_asks_for():
     plan = module.plan(workspace(), empty, empty, empty, 9, 8, 2, 16, False, -1, 0.0, 128, 128, empty, empty)
     sizes = module.workspace_size(workspace(), empty, 9, 8, 2, 16, False, -1, 0.0, 128, 128, empty, empty)
     assert list(sizes) == list(plan)[3:5]
+
+
+def test_heads_are_read_abreast_where_the_workspace_lets_warps_meet():
+    module, empty = load(jit.Variant(BF16, BF16, BF16, 128, False, False)), torch.empty(0)
+
+    def plan(heads, size):
+        shape = (1, 2 * heads, heads, 16, False, -1, 0.0, 128, 128, empty, empty)
+        return list(module.plan(workspace(size), empty, empty, empty, *shape))
+
+    # Five SMs, eight warps each: 2 * 40 places of 128 * 9 floats.
+    saved = 2 * 40 * 128 * 9 * 4
+    for heads, abreast_log2 in ((1, 0), (2, 1), (6, 1), (4, 2), (8, 3), (32, 3)):
+        made = plan(heads, 1 << 20)
+        assert made[8] == abreast_log2 and made[3] == (saved if abreast_log2 else 2 * 5 * 2 * 132 * 4)
+    assert plan(8, saved)[8] == 3
+    small = plan(8, saved - 1)
+    assert small[8] == 0 and small[3] == 2 * 5 * 2 * 132 * 4
+    # Another grid takes as many as share it out evenly, in the room there is.
+    for grid, abreast_log2 in (((5, 8), 3), ((5, 4), 2), ((3, 5), 0), ((2, 6), 2), ((10, 8), 0)):
+        adjusted = list(module.adjust_plan(plan(8, 1 << 20), 1, *grid, 0))
+        assert adjusted[8] == abreast_log2, grid
 
 
 def test_a_workspace_that_is_too_small_goes_to_flashinfer():
@@ -524,7 +558,7 @@ def test_splits_are_whole_tiles_and_there_is_room_for_all_that_a_table_can_have(
         # 1,000 pages of 48 tokens, 9 requests, 2 heads of 4 query rows.
         fixed = list(module.fix_splits(plan, tokens, 1000, 48, 9, 2))
         splits = 0 if tiles == 1 << 28 else (48_000 // (16 * tiles) + 9) * 2
-        assert fixed == [*list(plan)[:3], splits * 4 * stride, splits * 4 * 4, 4, tiles, 3], tokens
+        assert fixed == [*list(plan)[:3], splits * 4 * stride, splits * 4 * 4, 4, tiles, 3, 0], tokens
     sizes = module.workspace_size(workspace(), torch.empty(0), 9, 8, 2, 48, False, -1, 0.0, 128, 128, *arguments[3:5])
     assert list(sizes) == [0, 0]
 
@@ -536,7 +570,7 @@ def test_splits_are_whole_tiles_and_there_is_room_for_all_that_a_table_can_have(
         (lambda fixed, plain, info: fixed.fix_splits(info, 0, 9, 16, 1, 2), "split_tokens: expected 1 or more, got 0"),
         (lambda fixed, plain, info: fixed.fix_splits(info, 16, -1, 16, 1, 2), "expected counts, got -1 pages"),
         (lambda fixed, plain, info: fixed.fix_splits(info, 16, 1 << 62, 1 << 20, 1, 2), "are too many splits"),
-        (lambda fixed, plain, info: fixed.fix_splits(info[:3], 16, 9, 16, 1, 2), "plan_info: expected the 8 numbers"),
+        (lambda fixed, plain, info: fixed.fix_splits(info[:3], 16, 9, 16, 1, 2), "plan_info: expected the 9 numbers"),
         (lambda fixed, plain, info: fixed.adjust_plan(info, 1, 5, 4, 1), "the grid is part of the result"),
     ],
     ids=["other module", "no tokens", "no count", "too many", "short plan", "other grid"],

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fi_prefetch.prefetch import (
-    EARLY_LOAD_KV_BYTES,
+    ALWAYS,
+    EARLY_LOAD_BYTES_PER_WARP,
     MIB,
     NAMED_POLICIES,
     PROLOGUE_KV_BYTES,
     PROLOGUE_TILES,
     READY_CODES,
-    STREAMING_KV_BYTES,
     WELL_FED_BYTES_PER_SM,
     LaunchFacts,
     PrefetchPolicy,
@@ -43,7 +43,6 @@ launches = st.builds(
     ready=st.sampled_from(sorted(READY_CODES)),
     batch_size=st.integers(1, 600),
     fixed_split=st.booleans(),
-    streams_faster=st.booleans(),
 )
 H100 = LaunchFacts(132, 8, 3, 8192, 32 * MIB, 50 * MIB, 132)
 
@@ -115,9 +114,11 @@ def test_nothing_before_the_wait_with_fixed_splits(policy, launch, pdl):
 def test_early_load_only_on_a_promise(policy, launch, pdl):
     early_load = resolve(policy, launch, pdl).early_load
     allowed = pdl and launch.ready == "all_but_last_token" and not launch.fixed_split
-    assert early_load <= (allowed and policy.early_load is not False)
-    if allowed and policy.early_load != "auto":
-        assert early_load == policy.early_load
+    assert (early_load > 0) == (allowed and policy.early_load is not False)
+    if early_load and policy.early_load == "auto":
+        assert early_load == 1 or early_load * launch.tile_bytes <= EARLY_LOAD_BYTES_PER_WARP
+    elif early_load:
+        assert early_load == ALWAYS
 
 
 @given(launches, st.booleans())
@@ -128,18 +129,7 @@ def test_off_is_off(launch, pdl):
 
 @given(policies, launches, st.booleans())
 def test_the_streaming_hint_is_on_where_it_is_asked_for(policy, launch, pdl):
-    on = resolve(policy, launch, pdl).streaming_hint
-    assert on == (
-        launch.streams_faster and (launch.kv_bytes is None or launch.kv_bytes > STREAMING_KV_BYTES)
-        if policy.streaming_hint == "auto"
-        else policy.streaming_hint
-    )
-
-
-@given(launches, st.booleans())
-def test_early_load_and_the_automatic_prologue_exclude_each_other(launch, pdl):
-    plan = resolve(PrefetchPolicy.named("auto"), launch, pdl)
-    assert not (plan.early_load and plan.prologue)
+    assert resolve(policy, launch, pdl).streaming_hint == (policy.streaming_hint in ("auto", True))
 
 
 @given(policies, launches, st.booleans())
@@ -147,7 +137,7 @@ def test_codes(policy, launch, pdl):
     plan = resolve(policy, launch, pdl)
     run_ahead, prologue, early_load, ready, streaming = plan.codes()
     assert (run_ahead, prologue) == (plan.run_ahead, plan.prologue)
-    assert bool(early_load) == plan.early_load and bool(streaming) == plan.streaming_hint
+    assert early_load == plan.early_load and bool(streaming) == plan.streaming_hint
     assert READY_CODES[launch.ready] == ready
 
 
@@ -173,20 +163,18 @@ def test_auto_follows_the_measurements():
         (None, PROLOGUE_TILES),
     ):
         plan = resolve(auto, H100._replace(kv_bytes=kv_bytes), pdl=True)
-        assert (plan.prologue, plan.streaming_hint) == (prologue, False), kv_bytes
-    # On little KV early load does what the prologue would, and more; a prologue that the policy names stays.
-    promise = H100._replace(ready="all_but_last_token", kv_bytes=EARLY_LOAD_KV_BYTES)
-    promised = resolve(auto, promise, pdl=True)
-    assert promised.early_load and promised.prologue == 0
-    for kv_bytes in (EARLY_LOAD_KV_BYTES + 1, None):
-        more = resolve(auto, promise._replace(kv_bytes=kv_bytes), pdl=True)
-        assert not more.early_load and more.prologue == PROLOGUE_TILES, kv_bytes
-        asked = resolve(PrefetchPolicy(early_load=True), promise._replace(kv_bytes=kv_bytes), pdl=True)
-        assert asked.early_load and asked.prologue == 0, kv_bytes
-    named = resolve(PrefetchPolicy(prologue=2, early_load=True), promise._replace(kv_bytes=None), pdl=True)
-    assert named.early_load and named.prologue == 2
+        assert (plan.prologue, plan.early_load, plan.streaming_hint) == (prologue, 0, True), kv_bytes
+    # Which of the prologue and early load a call gets the kernel decides, by what a warp has to read.
+    promise = H100._replace(ready="all_but_last_token")
+    for tile_bytes, tiles in ((8192, 4), (4096, 8), (16384, 2), (65536, 1)):
+        for kv_bytes in (MIB, None):
+            promised = resolve(auto, promise._replace(tile_bytes=tile_bytes, kv_bytes=kv_bytes), pdl=True)
+            assert promised.early_load == tiles
+    assert resolve(auto, promise, pdl=True).prologue == PROLOGUE_TILES
+    named = resolve(PrefetchPolicy(prologue=2, early_load=True), promise, pdl=True)
+    assert (named.early_load, named.prologue) == (ALWAYS, 2)
     kept_back = resolve(PrefetchPolicy(early_load=False), promise, pdl=True)
-    assert not kept_back.early_load and kept_back.prologue == PROLOGUE_TILES
+    assert (kept_back.early_load, kept_back.prologue) == (0, PROLOGUE_TILES)
 
 
 def test_the_paper_over_budget_shrinks_to_nothing():
@@ -201,13 +189,14 @@ def test_the_paper_over_budget_shrinks_to_nothing():
 
 def test_reasons_have_numbers():
     plan = resolve(PrefetchPolicy.named("auto"), H100, pdl=True)
-    for part in ("prologue 1", "run-ahead 0", "early load off", "streaming hint off", "32.0 MiB", "192 KiB"):
+    for part in ("prologue 1", "run-ahead 0", "early load off", "streaming hint on: a call reads", "32.0 MiB", "192 KiB"):
         assert part in plan.reason
     promise = H100._replace(ready="all_but_last_token")
     promised = resolve(PrefetchPolicy(early_load=True, streaming_hint=True), promise, pdl=True)
-    for part in ("prologue 0: early load brings", "early load on", "streaming hint on: the policy says so"):
+    for part in ("prologue 1", "early load on: the policy says so", "streaming hint on: the policy says so"):
         assert part in promised.reason
-    assert "early load off: 32.0 MiB of KV is over 4 MiB" in resolve(PrefetchPolicy(), promise, pdl=True).reason
+    by_the_kernel = "early load on: instead of the prologue where a warp has at most 4 tiles"
+    assert by_the_kernel in resolve(PrefetchPolicy(), promise, pdl=True).reason
     cut = resolve(PrefetchPolicy(prologue=9), H100, pdl=True)
     assert cut.prologue == 3 and "prologue 3: the policy says so, budget 25.00 MiB is 3 tiles a warp" in cut.reason
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fi_prefetch.schedule import Partition, Schedule, active_blocks, request_tiles
+from fi_prefetch.schedule import Partition, Schedule, active_blocks, most_abreast, request_tiles
 
 
 @given(tiles=st.integers(1, 2**32 - 1), workers=st.integers(1, 8192))
@@ -74,9 +74,10 @@ def test_request_tiles(length, q_len, window_left, tiles):
     warps=st.integers(1, 8),
 )
 def test_segments_hold_every_tile_once_in_order(lengths, heads, blocks, warps):
-    schedule = Schedule(lengths, heads, blocks, warps)
+    schedule = Schedule(lengths, heads, blocks, warps, most_abreast=most_abreast(blocks * warps, heads))
     seen = [(s.request, s.head, t) for s in schedule.segments for t in range(s.first_tile, s.end_tile)]
-    assert seen == [(r, h, t) for r, n in enumerate(schedule.tiles) for h in range(heads) for t in range(n)]
+    expected = [(r, h, t) for r, n in enumerate(schedule.tiles) for h in range(heads) for t in range(n)]
+    assert seen == sorted(expected, key=lambda place: place[1] % schedule.abreast)
     per_warp: dict[tuple[int, int], int] = {}
     for s in schedule.segments:
         per_warp[s.block, s.warp] = per_warp.get((s.block, s.warp), 0) + s.end_tile - s.first_tile
@@ -84,15 +85,17 @@ def test_segments_hold_every_tile_once_in_order(lengths, heads, blocks, warps):
 
 
 @pytest.mark.parametrize("window_left", [-1, 40])
-@pytest.mark.parametrize("lengths", [[500], [40, 0, 333, 16, 1], [64] * 12, [80] * 5])
+@pytest.mark.parametrize("lengths", [[500], [40, 0, 333, 16, 1], [64] * 12, [80] * 5, [400] * 22, [300, 1, 200] * 16])
 def test_the_kernel_cuts_where_the_host_does(lengths, window_left):
     """The window op asks for the first tile of every warp's piece, and so shows the kernel's own schedule."""
-    heads, blocks, warps, page_size = 2, 5, 3, 16
+    heads, blocks, warps, page_size = 4, 5, 4, 16
     problem = emulated.make_problem(
-        lengths, heads_q=4, heads_kv=heads, page_size=page_size, blocks=blocks, warps=warps, window_left=window_left
-    )
+        lengths, heads_q=8, heads_kv=heads, page_size=page_size, blocks=blocks, warps=warps, window_left=window_left,
+        abreast_log2=2,
+    )  # fmt: skip
     asked = {int(a["address"]) for a in emulated.prefetch_kv(problem, tiles=1)}
-    schedule = Schedule(lengths, heads, blocks, warps, problem.min_tiles, window_left=window_left)
+    schedule = Schedule(lengths, heads, blocks, warps, problem.min_tiles, 4, window_left=window_left)
+    assert (schedule.abreast == 4) == (len(lengths) > 15 and window_left < 0)
     expected = set()
     first_of_piece = {}
     for s in schedule.segments:

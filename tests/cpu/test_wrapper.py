@@ -615,11 +615,11 @@ class FakeModule:
         assert (args[13].dtype, args[14].dtype) == (self.variant.dtype_q, self.variant.dtype_kv)
         assert isinstance(graph, bool)
         tile = 2 * 16 * qk * self.variant.dtype_kv.itemsize
-        return [132, 8, 8 * 3 * tile + 512, self.partial_bytes, 3 * 132 * 4, num_qo_heads // num_kv_heads, 1, 3]
+        return [132, 8, 8 * 3 * tile + 512, self.partial_bytes, 3 * 132 * 4, num_qo_heads // num_kv_heads, 1, 3, 0]
 
     def adjust_plan(self, info: list[int], batch_size: int, blocks: int, warps: int, min_tiles: int) -> list[int]:
         assert warps <= info[1] and not self.variant.fixed_split
-        return [blocks, warps, *info[2:6], min_tiles, info[7]]
+        return [blocks, warps, *info[2:6], min_tiles, *info[7:]]
 
     def fix_splits(
         self, info: list[int], split_tokens: int, pages: int, page_size: int, batch_size: int, heads: int
@@ -627,7 +627,7 @@ class FakeModule:
         self.calls.append(("fix_splits", (split_tokens, pages, page_size, batch_size, heads)))
         assert self.variant.fixed_split
         splits = (pages * page_size // split_tokens + batch_size) * heads
-        return [*info[:3], splits * 1024, splits * 4, info[5], -(-split_tokens // 16), info[7]]
+        return [*info[:3], splits * 1024, splits * 4, info[5], -(-split_tokens // 16), *info[7:]]
 
     def workspace_size(self, *args: Any) -> list[int]:
         self.calls.append(("workspace_size", args))
@@ -639,7 +639,7 @@ class FakeModule:
         window_left, enable_pdl, sinks, soft_cap, sm_scale, v_scale, rope_scale, rope_theta, q_len, prefetch, running,
     ) -> None:  # fmt: skip
         self.calls.append(("run", (enable_pdl, prefetch, counters, plan_info)))
-        assert isinstance(enable_pdl, bool) and len(prefetch) == 5 and len(plan_info) == 8
+        assert isinstance(enable_pdl, bool) and len(prefetch) == 5 and len(plan_info) == 9
         assert (window_left >= 0, soft_cap > 0) == (self.variant.sliding_window, self.variant.soft_cap)
         assert (q.dtype, k.dtype, o.dtype) == (self.variant.dtype_q, self.variant.dtype_kv, self.variant.dtype_o)
         assert counters.dtype == torch.int32 and 4 * counters.numel() >= plan_info[4] and not counters.any()
@@ -750,7 +750,7 @@ def test_gpu_prefetch_plan(gpu, half_batch):
         wrapper.run(half_batch.q, half_batch.cache, enable_pdl=enable_pdl)
         pdl, codes, _, _ = module.calls[-1][1]
         assert pdl == (enable_pdl is not False)
-        assert codes == [plan.run_ahead, prologue, 0, 1, 0]
+        assert codes == [plan.run_ahead, prologue, 0, 1, 1]
     assert PrefetchPolicy.parse("off") == planned(half_batch, prefetch="off")._policy
 
 
@@ -758,12 +758,13 @@ def test_gpu_levers_follow_the_plan(gpu, half_batch):
     """A wrapper that is planned for much KV must not go on with the levers of the little that it had before."""
     wrapper = planned(half_batch, ready="all_but_last_token")
     module = only(gpu.modules)
-    much = torch.cat([half_batch.indices, torch.zeros(4096, dtype=torch.int32)])
-    for indices, early_load in ((half_batch.indices, 1), (much, 0), (half_batch.indices, 1)):
+    # Pages of 8 KiB: over the 512 MiB up to which there is a prologue.
+    much = torch.cat([half_batch.indices, torch.zeros(1 << 16, dtype=torch.int32)])
+    for indices, prologue in ((half_batch.indices, 1), (much, 0), (half_batch.indices, 1)):
         wrapper.plan(half_batch.indptr, indices, half_batch.last_page_len, *half_batch.shape, **half_batch.dtypes)
         wrapper.run(half_batch.q, half_batch.cache)
         codes = module.calls[-1][1][1]
-        assert codes == wrapper.prefetch_plan.codes() and codes[2] == early_load
+        assert codes == wrapper.prefetch_plan.codes() and codes[1:3] == [prologue, 8]
 
 
 def test_gpu_plans_of_a_long_life_are_forgotten(gpu, make_batch, dense_decode, monkeypatch):
