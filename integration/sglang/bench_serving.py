@@ -5,7 +5,8 @@
     python integration/sglang/bench_serving.py --cases paper --minutes 9  more of them, stopping in time
 
 Every (model, KV dtype, backend) is an engine in a process of its own; what it measured is written at once, and a second
-run measures only what the result file lacks (`--again` measures all anew). Timing, for each batch:
+run measures only what the result file lacks (`--again` measures all anew). Where an engine fails, the others go on, and
+the rows say under `missing` why they lack its numbers. Timing, for each batch:
 
 - tokens a second: a batch of new prompts, prefill and all, to its last token;
 - ms a step: the same prompts again, now in SGLang's radix cache, with a short and with a long answer. Both pay the same
@@ -235,7 +236,8 @@ def serve(asked: dict[str, Any]) -> None:
         print(f"warm after {time.perf_counter() - began:.1f} s, room for {room} tokens of KV", flush=True)
         for number, case in enumerate(cases):
             if case.tokens > room:
-                print(f"{case.key()} needs {case.tokens} tokens of KV, there is room for {room}", flush=True)
+                reason = f"needs {case.tokens} tokens of KV, there is room for {room}"
+                print("MEASURED", json.dumps([number, {"missing": reason}]), flush=True)
                 continue
             print("MEASURED", json.dumps([number, time_case(engine, case, asked["repeats"])]), flush=True)
             if asked["profile"]:
@@ -248,7 +250,7 @@ def serve(asked: dict[str, Any]) -> None:
 
 
 class ResultFile:
-    """benchmarks/results/<gpu>/sglang.json: a row for each case, in it a number for each backend."""
+    """benchmarks/results/<gpu>/sglang.json: a row for each case, in it a number for each backend or why it has none."""
 
     def __init__(self, path: Path, header: dict[str, Any], again: bool) -> None:
         self.path = path
@@ -269,8 +271,12 @@ class ResultFile:
 
     def add(self, case: Case, backend: str, measured: dict[str, Any]) -> None:
         row = self.row(case)
+        missing = row.pop("missing", {})
+        missing.pop(backend, None)
         for name, value in measured.items():
-            row[name][backend] = value
+            (missing if name == "missing" else row[name])[backend] = value
+        if missing:
+            row["missing"] = missing
         # The share that attention has of a step as SGLang serves by default: what there is to gain.
         for baseline in ("fa3", "flashinfer"):
             if row["attention_ms"].get(baseline):
@@ -280,7 +286,7 @@ class ResultFile:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in self.content["rows"] if row["ms_per_step"]]
+        rows = [row for row in self.content["rows"] if row["ms_per_step"] or "missing" in row]
         self.path.write_text(json.dumps(self.content | {"rows": rows}, indent=1) + "\n")
 
 
@@ -299,11 +305,13 @@ def work(results: ResultFile, cases: Sequence[Case], backends: Sequence[str]) ->
 def run_engine(
     backend: str, cases: list[Case], asked: dict[str, Any], seconds: float
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Measures cases in a process of their own, until they are done or the time is over."""
+    """Measures cases in a process of their own, until they are done or the time is over; then says what is missing."""
     question = json.dumps({"backend": backend, "cases": cases} | asked)
     log = tempfile.NamedTemporaryFile("w+", prefix=f"{backend}-", suffix=".log", delete=False)
     command = [sys.executable, __file__, "--serve", question]
     out_of_time = threading.Event()
+    wanted = ("ms_per_step", "attention_ms") if asked.get("profile") else ("ms_per_step",)
+    lacking = {(number, name) for number in range(len(cases)) for name in wanted}
     with engines.session(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
 
         def end() -> None:
@@ -315,8 +323,11 @@ def run_engine(
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                if line.startswith("MEASURED "):
+                # A line without an end is of an engine that died over it.
+                if line.startswith("MEASURED ") and line.endswith("\n"):
                     number, measured = json.loads(line.removeprefix("MEASURED "))
+                    gone = wanted if "missing" in measured else measured
+                    lacking -= {(number, name) for name in gone}
                     yield cases[number], measured
                 elif line.startswith(("started", "warm", "{")):
                     print(f"  {line.rstrip()}", flush=True)
@@ -326,10 +337,17 @@ def run_engine(
         finally:
             timer.cancel()
     if out_of_time.is_set():
-        print(f"  {backend} did not end within {seconds:.0f} s; its log: {log.name}", file=sys.stderr, flush=True)
-    elif process.returncode:
-        print(f"  {backend} ended with {process.returncode}; the end of {log.name}:", file=sys.stderr)
-        print(Path(log.name).read_text()[-3000:], file=sys.stderr, flush=True)
+        how = f"did not end within {seconds:.0f} s"
+        print(f"  {backend} {how}; its log: {log.name}", file=sys.stderr, flush=True)
+    else:
+        said = Path(log.name).read_text(errors="replace")
+        how = f"ended with {process.returncode}: {engines.last_error(said.splitlines())}"
+        if process.returncode:
+            print(f"  {backend} {how}; the end of {log.name}:\n{said[-3000:]}", file=sys.stderr, flush=True)
+    for number, case in enumerate(cases):
+        names = [name for name in wanted if (number, name) in lacking]
+        if names:
+            yield case, {"missing": f"{', '.join(names)}: the engine {how}"}
 
 
 def main() -> None:
@@ -383,7 +401,11 @@ def main() -> None:
         print(f"{missing[0].model}, KV {missing[0].kv_dtype}, {backend}: {len(missing)} cases", flush=True)
         for case, measured in run_engine(backend, missing, how, left):
             results.add(case, backend, measured)
-            said = ", ".join(f"{name} {value:.3f}" for name, value in measured.items() if value is not None)
+            said = ", ".join(
+                f"{name} {value if isinstance(value, str) else format(value, '.3f')}"
+                for name, value in measured.items()
+                if value is not None
+            )
             print(f"  {case.batch} x {case.key()['context']}: {said}", flush=True)
     print(results.path)
 

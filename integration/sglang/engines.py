@@ -117,3 +117,13 @@ def end_session(process: subprocess.Popen[Any]) -> None:
     """Ends a process that leads a session, with all that it has spawned."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def last_error(lines: Sequence[str]) -> str:
+    """The line of a log that says best why a process ended: CUDA's word, then an exception's, then the last one."""
+    said = [line.strip() for line in lines if line.strip()]
+    for pattern in (r"\bCUDA error: .*", r"^(?:[\w.]+\.)?\w*(?:Error|Exception)\b(?:: .*|$)"):
+        for line in reversed(said):
+            if match := re.search(pattern, line):
+                return match[0]
+    return said[-1][-300:] if said else "it said nothing"

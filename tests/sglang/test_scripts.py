@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,37 +29,341 @@ def answer(tokens: list[int], gaps: list[float], logprob: float = -0.5) -> dict[
     return {"tokens": tokens, "top": top}
 
 
-def compared(ours: dict[str, Any], theirs: dict[str, Any], wanted: int = 3) -> dict[str, Any]:
-    return correctness.compare({"asked": [wanted], "answers": [ours]}, {"answers": [theirs]}, noise=0.08)
+def compared(ours: dict[str, Any], theirs: dict[str, Any], noise: float = 0.08) -> correctness.Pair:
+    return correctness.compare(("fi_prefetch", "fa3"), {"fi_prefetch": [ours], "fa3": [theirs]}, noise)
 
 
-def test_equal_answers_have_no_fault() -> None:
+def test_equal_answers() -> None:
     found = compared(answer([5, 6, 7], [1.0, 1.0, 1.0]), answer([5, 6, 7], [1.0, 1.0, 1.0], -0.51))
-    assert found["faults"] == []
-    assert (found["equal_to_the_end"], found["tokens_compared"]) == (1, 3)
-    assert found["largest_logprob_difference"] == pytest.approx(0.01)
+    assert (found.gaps, found.beyond) == ({}, [])
+    assert found.differences == {0: [pytest.approx(0.01)] * 3}
 
 
-def test_answers_may_part_at_a_tie() -> None:
-    found = compared(answer([5, 6, 7], [1.0, 0.15, 1.0]), answer([5, 9, 2], [1.0, 0.2, 1.0]))
-    assert found["faults"] == []
-    assert found["gaps_where_answers_part"] == [pytest.approx(0.15)]
-    assert (found["equal_to_the_end"], found["tokens_compared"]) == (0, 1)
+def test_answers_that_part_differ_by_half_the_lesser_gap() -> None:
+    found = compared(answer([5, 6, 7], [1.0, 0.14, 1.0]), answer([5, 9, 2], [1.0, 0.2, 1.0]))
+    assert found.gaps == {0: pytest.approx(0.14)}
+    # The third tokens follow other tokens.
+    assert found.differences == {0: [0.0, pytest.approx(0.07)]}
+    assert found.beyond == []
+    assert compared(answer([5, 6, 7], [1.0, 0.18, 1.0]), answer([5, 9, 2], [1.0, 0.2, 1.0])).beyond
 
 
-def test_answers_that_part_elsewhere_are_a_fault() -> None:
-    found = compared(answer([5, 6, 7], [1.0, 0.5, 1.0]), answer([5, 9, 2], [1.0, 0.6, 1.0]))
-    assert "another token, with a gap of 0.5" in found["faults"][0]
+TOKENS = 50
+# Differences between backends, as bfloat16's, and with rare ones of several units, as an 8-bit cache's.
+NOISES = {"auto": ((0.02, 0.0, 0.0),), "fp8_e4m3": ((0.02, 0.001, 0.8), (0.02, 0.004, 1.5))}
 
 
-def test_other_logprobs_are_a_fault() -> None:
-    found = compared(answer([5, 6, 7], [1.0] * 3), answer([5, 6, 7], [1.0] * 3, -0.7))
-    assert "log-probabilities differ by 0.2" in found["faults"][0]
+def answers_of(seed: int, noise: tuple[float, float, float], requests: int = 600) -> dict[str, Any]:
+    """Answers of a backend to a model that prefers a token to a second one; another seed is another backend.
+
+    Args:
+        noise: standard deviation of the log-probabilities, the share of tokens where it is another one, and that one.
+    """
+    width, rare, wide = noise
+    own = random.Random(seed)
+    answers = []
+    for number in range(requests):
+        path, one = 0, {"tokens": [], "top": [], "cached": 8, "retracted": 1}
+        for position in range(TOKENS):
+            model = random.Random(f"{number} {position} {path}")
+            first, second = -0.2 - model.expovariate(1.0), model.expovariate(0.3)
+            spread = wide if own.random() < rare else width
+            top = [[first + own.gauss(0, spread), 10 + path], [first - second + own.gauss(0, spread), 11 + path]]
+            top.sort(reverse=True)
+            if top[0][1] != 10 + path:
+                path = 2 * (position + 1)
+            one["tokens"].append(top[0][1])
+            one["top"].append(top)
+        answers.append(one)
+    return {"asked": [TOKENS] * requests, "answers": answers}
 
 
-def test_lost_tokens_are_a_fault() -> None:
-    found = compared(answer([5, 6], [1.0] * 2), answer([5, 6, 7], [1.0] * 3))
-    assert found["faults"] == ["request 0: 2 and 3 tokens of 3"]
+@functools.cache
+def synthetic(kv_dtype: str, which: int) -> str:
+    """Kept as text, so that each test may spoil its own."""
+    noise = NOISES[kv_dtype][which]
+    return json.dumps([answers_of(seed, noise) for seed in (1, 2, 3)])
+
+
+class Synthetic:
+    """What three engines answered under `load`."""
+
+    def __init__(self, kv_dtype: str, which: int = 0) -> None:
+        self.kv_dtype = kv_dtype
+        self.backends = ["flashinfer", "fa3"]
+        self.ours, self.flashinfer, self.fa3 = json.loads(synthetic(kv_dtype, which))
+
+    def found(self) -> dict[str, Any]:
+        given = {"fi_prefetch": self.ours, "flashinfer": self.flashinfer, "fa3": self.fa3}
+        found = {
+            (self.kv_dtype, name): correctness.Answered({"load": given[name]})
+            for name in ("fi_prefetch", *self.backends)
+        }
+        return correctness.compare_backends("load", self.kv_dtype, found, self.backends)
+
+    def faults(self) -> list[str]:
+        return [fault for one in self.found().values() for fault in one["faults"]]
+
+
+SYNTHETIC = [(kv_dtype, which) for kv_dtype, noises in NOISES.items() for which in range(len(noises))]
+with_every_noise = pytest.mark.parametrize(("kv_dtype", "which"), SYNTHETIC)
+
+
+@with_every_noise
+def test_backends_with_the_same_noise_have_no_fault(kv_dtype: str, which: int) -> None:
+    found = Synthetic(kv_dtype, which).found()
+    assert [fault for one in found.values() for fault in one["faults"]] == []
+    one = found[f"{kv_dtype}: fi_prefetch against flashinfer"]
+    assert one["judged_by"] == "flashinfer against fa3"
+    assert one["requests"] == 600 and one["equal_to_the_end"] > 300
+    assert 0.015 < one["quantiles"]["0.5"] < one["mean_logprob_difference"] < one["quantiles"]["0.99"] < 0.15
+    assert one["quantiles"]["0.999"] <= one["largest_logprob_difference"]
+    assert one["share_beyond_noise"] == pytest.approx(one["tokens_beyond_noise"] / one["tokens_compared"])
+    assert one["share_beyond_noise"] < 0.01
+    # Nobody's errors: the third has each of the two against it as often.
+    sides = one["third_opinion"]["fa3"]
+    assert abs(sides["fi_prefetch"] - sides["flashinfer"]) <= 3 * sum(sides.values()) ** 0.5
+    assert len(one["beyond_noise"]) == min(one["tokens_beyond_noise"], correctness.RECORDED_POSITIONS)
+
+
+@with_every_noise
+def test_a_kernel_that_is_wrong_at_some_tokens_is_a_fault(kv_dtype: str, which: int) -> None:
+    given = Synthetic(kv_dtype, which)
+    spoiled = random.Random(7)
+    for one in given.ours["answers"]:
+        for top in one["top"]:
+            if spoiled.random() < 0.005:
+                # Both of the two best, so that the answer goes on as it is.
+                change = spoiled.choice((-1.0, 1.0))
+                top[:] = [[logprob + change, token] for logprob, token in top]
+    for backends in (["flashinfer", "fa3"], ["fa3", "flashinfer"], ["fa3"]):
+        given.backends = backends
+        assert given.faults()
+    given.backends = ["flashinfer", "fa3"]
+    sides = given.found()[f"{kv_dtype}: fi_prefetch against flashinfer"]["third_opinion"]["fa3"]
+    assert sides["flashinfer"] > 1.5 * sides["fi_prefetch"]
+
+
+def test_a_kernel_with_more_noise_than_theirs_is_a_fault() -> None:
+    given = Synthetic("auto")
+    given.ours = answers_of(4, (0.05, 0.0, 0.0))
+    assert any(fault.startswith("mean difference") for fault in given.faults())
+
+
+def test_rare_errors_of_one_of_sglangs_own_are_not_ours() -> None:
+    given = Synthetic("fp8_e4m3")
+    spoiled = random.Random(7)
+    for one in given.flashinfer["answers"]:
+        for top in one["top"]:
+            if spoiled.random() < 0.002:
+                top[:] = [[logprob - 3.0, token] for logprob, token in top]
+    found = given.found()
+    assert [name for name, one in found.items() if one["faults"]] == []
+    sides = found["fp8_e4m3: fi_prefetch against flashinfer"]["third_opinion"]["fa3"]
+    assert sides["fi_prefetch"] > 2 * sides["flashinfer"]
+    first = found["fp8_e4m3: fi_prefetch against flashinfer"]["beyond_noise"][0]
+    assert first["sides_with"] == {"fa3": "fi_prefetch"}
+    ours, theirs = first["logprobs"]["fi_prefetch"], first["logprobs"]["flashinfer"]
+    assert abs(ours - theirs) == pytest.approx(first["difference"])
+
+
+@with_every_noise
+@pytest.mark.parametrize("backends", [["flashinfer", "fa3"], ["fa3"]])
+def test_answers_that_are_not_whole_are_a_fault(kv_dtype: str, which: int, backends: list[str]) -> None:
+    given = Synthetic(kv_dtype, which)
+    given.backends = backends
+    last = given.ours["answers"].pop()
+    for name in ("tokens", "top"):
+        given.ours["answers"][3][name] = last[name][:-1]
+        given.ours["answers"][5][name] = last[name] + last[name][:1]
+    given.ours["answers"][7]["top"][9][0][0] = float("nan")
+    wrong = {f"{kv_dtype}: fi_prefetch"}
+    found = given.found()
+    assert found[f"{kv_dtype}: fi_prefetch"]["faults"] == [
+        "fi_prefetch: request 3: 49 tokens of 50",
+        "fi_prefetch: request 5: 51 tokens of 50",
+        "fi_prefetch: request 7: log-probabilities that are no numbers",
+        "fi_prefetch: request 599: no answer",
+    ]
+    assert found[f"{kv_dtype}: fi_prefetch against fa3"]["requests"] == 596
+    if backends == ["fa3"] and which == 1:
+        return  # quantiles with such a tail are over the fixed limits
+    assert {name for name, one in found.items() if one["faults"]} == wrong
+
+
+@with_every_noise
+def test_a_request_that_goes_wrong_at_some_token_is_a_fault(kv_dtype: str, which: int) -> None:
+    whole = next(
+        i for i, one in enumerate(Synthetic(kv_dtype, which).ours["answers"]) if one["tokens"] == [10] * TOKENS
+    )
+
+    given = Synthetic(kv_dtype, which)
+    for top in given.ours["answers"][whole]["top"][20:]:
+        top[:] = [[logprob - 1.0, token] for logprob, token in top]
+    faults = given.faults()
+    assert any(f"request {whole} has 30 tokens" in fault and "the first of them token 20" in fault for fault in faults)
+    given.backends = ["fa3"]
+    assert any(f"request {whole} has 30 tokens" in fault for fault in given.faults())
+
+    given = Synthetic(kv_dtype, which)
+    for one in (given.flashinfer, given.fa3):
+        for top in one["answers"][whole]["top"]:
+            top[1][0] = top[0][0] - 15.0
+    tokens, tops = given.ours["answers"][whole]["tokens"], given.ours["answers"][whole]["top"]
+    tokens[20:], tops[20:] = [3] * 30, [[[-0.1, 3], [-16.0, 4]] for _ in range(30)]
+    faults = given.faults()
+    assert any(f"request {whole}, token 20: another token, with a gap of 15.0" in fault for fault in faults)
+
+
+def test_one_token_is_a_fault_in_bfloat16_where_theirs_have_none() -> None:
+    given = Synthetic("auto")
+    given.ours["answers"][11]["top"][0][0][0] -= 0.6
+    faults = given.faults()
+    assert any("1 tokens beyond 0.15, of flashinfer against fa3 none; request 11, token 0" in fault for fault in faults)
+    given.fa3["answers"][30]["top"][0][0][0] -= 0.6
+    assert given.faults() == []
+
+
+def test_what_parts_is_recorded_with_its_tokens() -> None:
+    answers = {
+        "fi_prefetch": [answer([5, 6, 7], [1.0, 3.0, 1.0])],
+        "flashinfer": [answer([5, 9, 2], [1.0, 2.0, 1.0])],
+        "fa3": [answer([5, 9, 3], [1.0, 2.5, 1.0])],
+        "triton": [answer([4, 6, 7], [1.0, 2.5, 1.0])],
+    }
+    found = correctness.record(correctness.compare(("fi_prefetch", "flashinfer"), answers, 0.15), answers)
+    assert found["beyond_noise"] == [
+        {
+            "request": 0,
+            "token": 1,
+            "difference": 1.0,
+            "tokens": {"fi_prefetch": 6, "flashinfer": 9, "fa3": 9},
+            "logprobs": {"fi_prefetch": -0.5, "flashinfer": -0.5, "fa3": -0.5},
+            "sides_with": {"fa3": "flashinfer"},
+        }
+    ]
+    assert found["gaps_where_answers_part"]["1.0"] == 2.0
+    assert found["third_opinion"]["triton"] == {"fi_prefetch": 0, "flashinfer": 0}
+
+
+def test_retractions_in_the_run_of_one_kv_dtype_are_enough() -> None:
+    def answered(retracted: int, cached: int = 8) -> correctness.Answered:
+        one = answer([5, 6, 7], [1.0] * 3) | {"cached": cached, "retracted": retracted}
+        return correctness.Answered({"load": {"asked": [3], "answers": [one]}})
+
+    found = {("auto", "fi_prefetch"): answered(0), ("fp8_e4m3", "fi_prefetch"): answered(1)}
+    assert correctness.happened("load", "auto", found)["faults"] == []
+    found["fp8_e4m3", "fi_prefetch"] = answered(0, cached=0)
+    assert correctness.happened("load", "auto", found)["faults"] == ["retractions: none, so this run did not test them"]
+    assert len(correctness.happened("load", "fp8_e4m3", found)["faults"]) == 2
+
+
+def test_noise_is_not_known_from_a_backend_with_our_decode() -> None:
+    given = Synthetic("auto")
+    found = {
+        ("auto", name): correctness.Answered({"load": one})
+        for name, one in (("fi_prefetch", given.ours), ("fa3+fi_prefetch", given.flashinfer), ("fa3", given.fa3))
+    }
+    judged = correctness.compare_backends("load", "auto", found, ["fa3+fi_prefetch", "fa3"])
+    assert {name for name in judged if "against" in name} == {
+        "auto: fi_prefetch against fa3",
+        "auto: fa3+fi_prefetch against fa3",
+    }
+    assert all("quantiles" in one["judged_by"] for name, one in judged.items() if "against" in name)
+
+
+# What SGLang 0.5.16 logs when a kernel fails.
+DYING = """text took 0.8 s
+Scheduler hit an exception: Traceback (most recent call last):
+torch.AcceleratorError: CUDA error: an illegal memory access was encountered
+Search for `cudaErrorIllegalAddress' in https://docs.nvidia.com/cuda/ for more information.
+terminate called after throwing an instance of 'c10::AcceleratorError'
+  what():  CUDA error: an illegal memory access was encountered
+Fatal Python error: Aborted
+
+kill_process_tree called: parent_pid=1583, include_parent=True, pid=1583
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (DYING, "CUDA error: an illegal memory access was encountered"),
+        ("Traceback\n  x = y\ntorch.OutOfMemoryError: CUDA out of memory. Tried\nkilled\n", None),
+        ("no such kernel\n\n", "no such kernel"),
+        ("", "it said nothing"),
+    ],
+)
+def test_the_reason_of_a_death_is_the_line_that_names_it(log: str, said: str | None) -> None:
+    assert engines.last_error(log.splitlines()) == (said or "torch.OutOfMemoryError: CUDA out of memory. Tried")
+
+
+def keep(folder: Path, dying: Sequence[str], end: str = "ended with -9") -> None:
+    """A folder of --keep, whose `dying` engines had answered text alone."""
+    for name, one in zip(("fi_prefetch", "flashinfer", "fa3"), json.loads(synthetic("auto", 0)), strict=True):
+        out, log = correctness.files_of(folder, ["text", "load"], name, "auto")
+        for check, path in out.items():
+            if check == "text" or name not in dying:
+                path.write_text(json.dumps(one))
+        how = (DYING, end) if name in dying else ("", "ended with 0")
+        log.write_text(f"{how[0]}\n{correctness.END}{how[1]}\n")
+
+
+def judged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
+    monkeypatch.setattr(sys, "argv", ["correctness.py", "--judge", str(folder)])
+    status = correctness.main()
+    return status, json.loads((folder / "sglang_correctness.json").read_text())["checks"]
+
+
+def test_kept_answers_are_judged_again_whoever_of_sglangs_own_died(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keep(tmp_path, ["flashinfer"])
+    status, checks = judged(tmp_path, monkeypatch)
+    assert status == 0
+    assert "not_ours" not in json.dumps(checks["text"])
+    assert checks["text"]["auto: fi_prefetch against flashinfer"]["judged_by"] == "flashinfer against fa3"
+    assert checks["load"]["auto: flashinfer"]["not_ours"] == [
+        "flashinfer: ended with -9 in load: CUDA error: an illegal memory access was encountered"
+    ]
+    assert "auto: fi_prefetch against flashinfer" not in checks["load"]
+    assert "quantiles" in checks["load"]["auto: fi_prefetch against fa3"]["judged_by"]
+
+
+def test_it_is_a_fault_where_ours_or_all_of_theirs_died(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keep(tmp_path, ["fi_prefetch"])
+    status, checks = judged(tmp_path, monkeypatch)
+    (fault,) = checks["load"]["auto: fi_prefetch"]["faults"]
+    assert status == 1 and "fi_prefetch: ended with -9 in load: CUDA error" in fault
+    assert "auto: flashinfer against fa3" in checks["load"]
+    assert "auto: fi_prefetch" not in checks["text"]
+
+    for path in tmp_path.iterdir():
+        path.unlink()
+    keep(tmp_path, ["flashinfer", "fa3"])
+    status, checks = judged(tmp_path, monkeypatch)
+    assert status == 1 and checks["load"]["auto: references"]["faults"] == ["none of flashinfer, fa3 answered"]
+    assert [name for name, one in checks["text"].items() if one["faults"]] == []
+
+
+def test_an_engine_that_fails_after_its_answers_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keep(tmp_path, [])
+    log = correctness.files_of(tmp_path, [], "fi_prefetch", "auto")[1]
+    log.write_text(f"ValueError: too late\n{correctness.END}ended with 1\n")
+    status, checks = judged(tmp_path, monkeypatch)
+    assert status == 1
+    reason = "fi_prefetch: ended with 1 after it had answered: ValueError: too late"
+    assert checks["load"]["auto: fi_prefetch"]["faults"] == [reason]
+    assert "auto: fi_prefetch against fa3" in checks["load"]
+
+
+def test_a_report_drops_what_an_earlier_run_said_of_the_same_kv_dtype(tmp_path: Path) -> None:
+    path = tmp_path / "h200" / "sglang_correctness.json"
+    before = {"auto": {"faults": ["old"]}, "auto: a against b": {"faults": []}, "fp8_e4m3: a against b": {"faults": []}}
+    content = {"checks": {"load": before}}
+    assert correctness.report(iter([("load", {"auto: c against d": {"faults": []}})]), path, content) == 0
+    written = json.loads(path.read_text())["checks"]["load"]
+    assert set(written) == {"auto: c against d", "fp8_e4m3: a against b"}
 
 
 def test_attention_of_a_step_is_what_one_graph_launched() -> None:
@@ -69,29 +376,6 @@ def test_attention_of_a_step_is_what_one_graph_launched() -> None:
     host = [{"cat": "cuda_runtime", "name": "decode_kernel", "dur": 9.0, "args": {"correlation": 70}}]
     pattern = engines.ATTENTION_KERNELS["fi_prefetch"]
     assert bench_serving.step_durations(prefill + host + steps, pattern, layers=2) == [4.0, 4.0]
-
-
-def test_noise_against_other_arithmetic_is_what_sglangs_own_backends_have() -> None:
-    def given(logprob: float, retracted: int = 1) -> dict[str, Any]:
-        one = answer([5, 6, 7], [1.0] * 3, logprob) | {"cached": 8, "retracted": retracted}
-        return {"load": {"asked": [3], "answers": [one]}}
-
-    answered = {
-        ("auto", "fi_prefetch"): given(-0.5),
-        ("auto", "flashinfer"): given(-0.55),
-        ("auto", "fa3"): given(-0.8),
-    }
-    found = correctness.compare_backends("load", "auto", answered, ("flashinfer", "fa3"))
-    assert found["auto: fi_prefetch against fa3"]["noise"] == pytest.approx(0.25)
-    assert found["auto: fi_prefetch against flashinfer"]["noise"] == correctness.NOISE["auto"]
-    # 0.3 of ours is more than the 0.25 between theirs.
-    assert [name for name, one in found.items() if one["faults"]] == ["auto: fi_prefetch against fa3"]
-    answered["auto", "fi_prefetch"] = given(-0.5, retracted=0)
-    happened = correctness.compare_backends("load", "auto", answered, ("flashinfer",))["auto: happened"]
-    assert happened["faults"] == ["retractions: none, so this run did not test them"]
-    del answered["auto", "fi_prefetch"]
-    (fault,) = correctness.compare_backends("load", "auto", answered, ("flashinfer",))["auto"]["faults"]
-    assert "fi_prefetch did not answer" in fault
 
 
 def test_an_engine_that_hangs_is_ended_with_all_it_spawned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -117,22 +401,64 @@ def test_comparison_ends_engines_that_hang_or_fail_and_goes_on(
     script.write_text(
         "import json, pathlib, subprocess, sys, time\n"
         "asked = json.loads(sys.argv[2])\n"
-        "if asked['backend'] == 'fa3': sys.exit('no such kernel')\n"
-        "if asked['backend'] == 'flashinfer':\n"
-        f"    pathlib.Path({str(tmp_path)!r}, 'pid').write_text(str(subprocess.Popen(['sleep', '600']).pid))\n"
-        "    time.sleep(600)\n"
-        "for path in asked['out'].values(): pathlib.Path(path).write_text(json.dumps({'answers': []}))\n"
+        "for check, path in asked['out'].items():\n"
+        "    if check == 'load' and asked['backend'] == 'fa3': sys.exit('no such kernel')\n"
+        "    if check == 'load' and asked['backend'] == 'flashinfer':\n"
+        f"        pathlib.Path({str(tmp_path)!r}, 'pid').write_text(str(subprocess.Popen(['sleep', '600']).pid))\n"
+        "        time.sleep(600)\n"
+        "    pathlib.Path(path).write_text(json.dumps({'answers': []}))\n"
     )
+    # What a run before has left is no answer of this one.
+    (tmp_path / "load-auto-fa3.json").write_text("{}")
     monkeypatch.setattr(correctness, "__file__", str(script))
     asked = SimpleNamespace(engine_arguments={}, at_once=True, engine_seconds=15.0)
-    backends = ("fi_prefetch", "flashinfer", "fa3")
-    answered = correctness.run_engines(tmp_path, ["text"], backends, ["auto"], asked, tmp_path)
-    assert answered == {("auto", "fi_prefetch"): {"text": {"answers": []}}}
+    backends, checks = ("fi_prefetch", "flashinfer", "fa3"), ["text", "load"]
+    found = correctness.run_engines(tmp_path, checks, backends, ["auto"], asked, tmp_path)
+    answered = {"answers": []}
+    hung, failed = "did not end within 15 s in load: it said nothing", "ended with 1 in load: no such kernel"
+    assert found == {
+        ("auto", "fi_prefetch"): correctness.Answered({"text": answered, "load": answered}),
+        ("auto", "flashinfer"): correctness.Answered({"text": answered}, "load", hung),
+        ("auto", "fa3"): correctness.Answered({"text": answered}, "load", failed),
+    }
     said = capsys.readouterr().err
-    assert "flashinfer with KV auto did not answer, it did not end within 15 s" in said
-    assert "fa3 with KV auto did not answer, it ended with 1:\nno such kernel" in said
+    assert f"flashinfer with KV auto {hung}" in said
+    assert f"fa3 with KV auto {failed}; its log:\nno such kernel" in said
     state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
+    # Who judges again is told the same.
+    assert correctness.read_engine(tmp_path, checks, "fa3", "auto") == found["auto", "fa3"]
+
+
+def test_measurements_of_an_engine_that_dies_are_kept_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dying = tmp_path / "dying.py"
+    dying.write_text(
+        "import json, os, sys\n"
+        "asked = json.loads(sys.argv[2])\n"
+        "print('MEASURED', json.dumps([0, {'ms_per_step': 7.5}]), flush=True)\n"
+        "if asked['backend'] == 'fa3': sys.exit(print('MEASURED', json.dumps([1, {'missing': 'no room'}])))\n"
+        "os.write(1, b'MEASURED [1, {')\n"
+        "print('CUDA error: an illegal memory access', file=sys.stderr, flush=True)\n"
+        "os.abort()\n"
+    )
+    monkeypatch.setattr(bench_serving, "__file__", str(dying))
+    path = tmp_path / "sglang.json"
+    results = bench_serving.ResultFile(path, {}, again=False)
+    for backend, missing in bench_serving.work(results, [CASE, SKEWED], ["flashinfer", "fa3"]):
+        for case, measured in bench_serving.run_engine(backend, missing, {"profile": backend != "fa3"}, 60.0):
+            results.add(case, backend, measured)
+    first, second = json.loads(path.read_text())["rows"]
+    reason = "the engine ended with -6: CUDA error: an illegal memory access"
+    assert first["ms_per_step"] == {"flashinfer": 7.5, "fa3": 7.5}
+    assert first["missing"] == {"flashinfer": f"attention_ms: {reason}"}
+    assert second["ms_per_step"] == {}
+    assert second["missing"] == {"flashinfer": f"ms_per_step, attention_ms: {reason}", "fa3": "no room"}
+    # Measured after all.
+    again = bench_serving.ResultFile(path, {}, again=False)
+    again.add(SKEWED, "flashinfer", {"ms_per_step": 8.0})
+    assert json.loads(path.read_text())["rows"][1]["missing"] == {"fa3": "no room"}
 
 
 @pytest.mark.parametrize(("case", "batch", "context"), [(CASE, 16, 2048), (SKEWED, 32, [[65536, 1], [4096, 31]])])
