@@ -214,8 +214,8 @@ void check_head_dim(int64_t head_dim_qk, int64_t head_dim_vo) {
 /// `num_qo_heads` counts query rows: query heads times query tokens per request.
 /// Returns [blocks, warps a block, shared-memory bytes, float workspace bytes, counter bytes, query rows per kv head,
 /// fewest tiles a warp (0: the kernel chooses), tiles a warp's ring holds, log2 of the kv heads that neighbouring warps
-/// may read abreast: 0 where the float workspace is too small for warps to meet]. With fixed splits every request is one
-/// of them, unless fix_splits() follows.
+/// may read abreast: 0 where the float workspace is too small for warps to meet]. With fixed splits every request is
+/// one of them, unless fix_splits() follows.
 Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorView, int64_t batch_size,
                     int64_t num_qo_heads, int64_t num_kv_heads, int64_t, bool, int64_t window_left,
                     double logits_soft_cap, int64_t head_dim_qk, int64_t head_dim_vo, TensorView, TensorView) {
@@ -254,8 +254,8 @@ Array<int64_t> fix_splits(Array<int64_t> info, int64_t split_tokens, int64_t num
   return plan_info({info[0], info[1], tiles, 0}, meeting_of_rows(splits, splits, info[5]), info[5]);
 }
 
-/// The plan with another grid: what a tuner found, or tries. At most as many warps a block as plan() said; heads abreast
-/// where that needs no more workspace than it does.
+/// The plan with another grid: what a tuner found, or tries. At most as many warps a block as plan() said; heads
+/// abreast where that needs no more workspace than it does.
 Array<int64_t> adjust_plan(Array<int64_t> info, int64_t batch_size, int64_t blocks, int64_t warps,
                            int64_t min_tiles_per_warp) {
   check_plan_info(info);
@@ -289,11 +289,12 @@ Plan read_plan(const Array<int64_t>& info, int64_t rows, int64_t num_kv_heads, i
   check_plan_info(info);
   const Plan made{info[0], info[1], info[6], info[8]};
   const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  FI_PREFETCH_CHECK(made.blocks >= 1 && made.blocks <= kMaxBlocks && made.warps >= 1 && made.warps <= kMaxWarps &&
-                        made.tiles >= kFixedSplit && made.tiles <= (kFixedSplit ? kWholeRequest : kMostMinTiles) &&
-                        shared_bytes(made.warps, rows) <= limit && made.abreast_log2 >= 0 &&
-                        made.abreast_log2 <= (kFixedSplit ? 0 : most_abreast_log2(made.blocks * made.warps, num_kv_heads)),
-                    ValueError)
+  FI_PREFETCH_CHECK(
+      made.blocks >= 1 && made.blocks <= kMaxBlocks && made.warps >= 1 && made.warps <= kMaxWarps &&
+          made.tiles >= kFixedSplit && made.tiles <= (kFixedSplit ? kWholeRequest : kMostMinTiles) &&
+          shared_bytes(made.warps, rows) <= limit && made.abreast_log2 >= 0 &&
+          made.abreast_log2 <= (kFixedSplit ? 0 : most_abreast_log2(made.blocks * made.warps, num_kv_heads)),
+      ValueError)
       << "plan_info: " << made.blocks << " blocks of " << made.warps << " warps (" << shared_bytes(made.warps, rows)
       << " bytes of shared memory), " << made.tiles << " tiles a " << (kFixedSplit ? "split" : "warp at least")
       << ", 2^" << made.abreast_log2 << " of " << num_kv_heads
@@ -537,7 +538,8 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
                         bytes_of(float_workspace) >= meeting.partial_bytes &&
                         reinterpret_cast<uintptr_t>(float_workspace.data_ptr()) % 16 == 0,
                     ValueError)
-      << "float_workspace_buffer: expected at least " << meeting.partial_bytes << " contiguous bytes, 16-byte aligned, on " << name_of(device) << ", got " << bytes_of(float_workspace) << " on "
+      << "float_workspace_buffer: expected at least " << meeting.partial_bytes
+      << " contiguous bytes, 16-byte aligned, on " << name_of(device) << ", got " << bytes_of(float_workspace) << " on "
       << name_of(float_workspace.device());
   check_vector<int32_t>(counters, "counters", meeting.counter_bytes / sizeof(int32_t), device);
   // partial_offset() counts floats in 32 bits.
@@ -582,8 +584,10 @@ void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView ind
   const PrefetchKvParams window{static_cast<uint32_t>(made.blocks), static_cast<uint32_t>(made.warps),
                                 static_cast<uint32_t>(std::min<int64_t>(tiles, 1 << 24)), evict_last};
   tvm::ffi::CUDADeviceGuard guard(device.device_id);
-  launch<prefetch_kv_kernel<AnyTraits>>({num_blocks, kMaxWarps, shared, false, current_stream(device)},
-                                        device.device_id, p, window);
+  if constexpr (!kFixedSplit) {
+    launch<prefetch_kv_kernel<AnyTraits>>({num_blocks, kMaxWarps, shared, false, current_stream(device)},
+                                          device.device_id, p, window);
+  }
 }
 
 }  // namespace

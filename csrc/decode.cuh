@@ -65,8 +65,8 @@ FI_PREFETCH_DEVICE Piece<T> find_piece(const DecodeParams& p, RequestScan<T::kWi
   return piece;
 }
 
-/// The share that this block (or this warp, where heads are read abreast) has of the request and head at a cursor, whose
-/// tiles are [begin, end) on the line. Collective over the warp.
+/// The share that this block (or this warp, where heads are read abreast) has of the request and head at a cursor,
+/// whose tiles are [begin, end) on the line. Collective over the warp.
 template <typename T>
 FI_PREFETCH_DEVICE Share share_of(const Piece<T>& piece, const TileCursor<T::kWindow>& at, uint32_t begin,
                                   uint32_t end) {
@@ -91,8 +91,8 @@ FI_PREFETCH_DEVICE Share share_of(const Piece<T>& piece, const TileCursor<T::kWi
 }
 
 /// Keeps for the merge what this warp shares with others: on the left the request and head that warps before it have
-/// tiles of as well, if it ends in this warp's piece; on the right the one that goes on in the warps after it. Collective
-/// over the warp.
+/// tiles of as well, if it ends in this warp's piece; on the right the one that goes on in the warps after it.
+/// Collective over the warp.
 template <typename T>
 FI_PREFETCH_DEVICE void keep_shares(const DecodeParams& p, RequestScan<T::kWindow>& scan, const Piece<T>& piece,
                                     const SharedMemory<T>& shared) {
@@ -158,8 +158,8 @@ FI_PREFETCH_DEVICE void write_empty_requests(const DecodeParams& p) {
 }
 
 /// Puts away what the warp computed of a request and head, when its last tile in the warp's piece is done: to the
-/// output if no other warp has a tile of it, else to shared memory for the block's merge, or to where it meets the other
-/// warps by itself. `begin` and `end`: where the request and head's tiles are on the line.
+/// output if no other warp has a tile of it, else to shared memory for the block's merge, or to where it meets the
+/// other warps by itself. `begin` and `end`: where the request and head's tiles are on the line.
 template <typename T>
 FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece<T>& piece, const Run& run, uint32_t begin,
                                  uint32_t end, WarpAttention<T>& attention, const SharedMemory<T>& shared) {

@@ -40,13 +40,14 @@ FI_PREFETCH_DEVICE void add_row(MergedRow<T>& row, const MergedRow<T>& next) {
 struct WarpTiles {
   uint32_t begin;
   uint32_t count;
+  uint32_t warps;  // of the block that take some
 
   FI_PREFETCH_DEVICE WarpTiles(uint32_t split_begin, uint32_t split_tiles) {
-    const uint32_t warps = warps_per_block();
-    const uint32_t share = (split_tiles + warps - 1) / warps;
+    const uint32_t share = (split_tiles + warps_per_block() - 1) / warps_per_block();
     const uint32_t before = min(warp_index() * share, split_tiles);
     begin = split_begin + before;
     count = min(share, split_tiles - before);
+    warps = (split_tiles + share - 1) / share;
   }
 };
 
@@ -151,11 +152,9 @@ __global__ void __launch_bounds__(256, 1)
     const WarpTiles own(split_begin, split_tiles);
     at.tile = own.begin;
     attend_to<T>(p, at, own.count, pipeline, attention, shared.left_partial(warp, rows));
-    const uint32_t share = (split_tiles + warps - 1) / warps;
-    const uint32_t warps_with_tiles = (split_tiles + share - 1) / share;
     __syncthreads();
     for (uint32_t n = warp; n < rows; n += warps) {
-      merge_split<T>(p, shared, warps_with_tiles, at, number, split, splits, n);
+      merge_split<T>(p, shared, own.warps, at, number, split, splits, n);
     }
     __syncthreads();
   }

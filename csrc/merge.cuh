@@ -2,8 +2,8 @@
 // the splits, so the result does not depend on who finished first.
 //
 // Warps meet in shared memory at the block's end. Blocks meet in global memory, row by row: each leaves a partial and
-// counts itself; the one that finds the others there merges. Warps that read kv heads abreast meet those of other blocks
-// in the same way, each by itself. Nobody waits for another, so no order of execution can hang.
+// counts itself; the one that finds the others there merges. Warps that read kv heads abreast meet those of other
+// blocks in the same way, each by itself. Nobody waits for another, so no order of execution can hang.
 #pragma once
 
 #include "attention.cuh"
@@ -209,9 +209,10 @@ FI_PREFETCH_DEVICE void merge_share(const DecodeParams& p, const Share& share, u
   }
 }
 
-/// Meets the warps of other workers that have tiles of a request and head: leaves what this one has in global memory. The
-/// last warp to come adds it all up, in the order of the pieces, and is told so by true. A warp has two places there: for
-/// what it shares with warps before it, and for what begins in its piece and goes on after it. Collective over the warp.
+/// Meets the warps of other workers that have tiles of a request and head: leaves what this one has in global memory.
+/// The last warp to come adds it all up, in the order of the pieces, and is told so by true. A warp has two places
+/// there: for what it shares with warps before it, and for what begins in its piece and goes on after it. Collective
+/// over the warp.
 template <typename T>
 FI_PREFETCH_DEVICE bool meet_other_warps(const DecodeParams& p, const Share& share, uint32_t abreast_log2,
                                          WarpAttention<T>& attention) {

@@ -3,8 +3,8 @@
 Nothing that runs a decode uses this: the kernel makes its schedule itself, on the device.
 
 All tiles of a batch form one line, ordered by request, then kv head, then token. It is cut into one piece a warp, equal
-to within one tile. Where pieces are long, neighbouring warps read neighbouring kv heads abreast: the line is then that of
-every so-many-th head, and as many warps have the same piece of it, each of another head.
+to within one tile. Where pieces are long, neighbouring warps read neighbouring kv heads abreast: the line is then that
+of every so-many-th head, and as many warps have the same piece of it, each of another head.
 """
 
 from __future__ import annotations

@@ -219,9 +219,7 @@ LONG_BATCHES = {
 
 def abreast_problem(lengths, warps, log2, heads_kv, group=2, **options):
     options = {"blocks": 2, "min_tiles": 0, "page_size": 16, **options}
-    return make_problem(
-        lengths, heads_q=heads_kv * group, heads_kv=heads_kv, warps=warps, abreast_log2=log2, **options
-    )
+    return make_problem(lengths, heads_q=heads_kv * group, heads_kv=heads_kv, warps=warps, abreast_log2=log2, **options)
 
 
 @pytest.mark.parametrize(("warps", "log2", "heads_kv"), ABREAST)
@@ -387,7 +385,8 @@ def test_plain_loads_and_stores_stay_inside_their_buffers():
     program = """
 import emulated_decode as emulated
 for options in (
-    {}, {"abreast_log2": 1, "blocks": 1}, {"window_left": 20, "q_len": 2}, {"levers": (2, 2, 1 << 16, 2, 1), "page_size": 16, "hnd": True}, {"split_tiles": 2}
+    {}, {"abreast_log2": 1, "blocks": 1}, {"window_left": 20, "q_len": 2},
+    {"levers": (2, 2, 1 << 16, 2, 1), "page_size": 16, "hnd": True}, {"split_tiles": 2},
 ):
     for lengths in ([0, 1, 33, 200], [700], [600] * 3):
         problem = emulated.make_problem(lengths, heads_q=6, heads_kv=2, warps=2, **{"blocks": 20, **options})

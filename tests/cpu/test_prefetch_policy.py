@@ -189,7 +189,14 @@ def test_the_paper_over_budget_shrinks_to_nothing():
 
 def test_reasons_have_numbers():
     plan = resolve(PrefetchPolicy.named("auto"), H100, pdl=True)
-    for part in ("prologue 1", "run-ahead 0", "early load off", "streaming hint on: a call reads", "32.0 MiB", "192 KiB"):
+    for part in (
+        "prologue 1",
+        "run-ahead 0",
+        "early load off",
+        "streaming hint on: a call reads",
+        "32.0 MiB",
+        "192 KiB",
+    ):
         assert part in plan.reason
     promise = H100._replace(ready="all_but_last_token")
     promised = resolve(PrefetchPolicy(early_load=True, streaming_hint=True), promise, pdl=True)

@@ -98,6 +98,7 @@ def test_sessions_say_everything_that_a_plan_can_say() -> None:
         "compiled": set(random_plans.COMPILED),
         "fixed": set(random_plans.FIXED_SPLIT_COMPILED),
         "split": set(random_plans.FIXED_SPLITS),
+        "blocks": {0, 1, 3},
         "storage": set(random_plans.STORAGES),
         "policy": set(random_plans.POLICIES),
     }
@@ -111,6 +112,7 @@ def test_sessions_say_everything_that_a_plan_can_say() -> None:
             "compiled": {shape.compiled for shape in shapes if not shape.split},
             "fixed": {shape.compiled for shape in shapes if shape.split},
             "split": {shape.split for shape in shapes if shape.split},
+            "blocks": {shape.blocks for shape in shapes},
             "storage": {shape.storage for shape in shapes},
             "policy": {session.policy for session in seen},
         }
@@ -146,6 +148,13 @@ SMALL = (
     Step(40, "tiles", 40, "spread", "plan", seed=4),
     Step(2, "all empty", 40, "sequential", "plan", workspace="large", seed=5),
 )
+# On a grid of one block: pieces so long that its warps read kv heads abreast.
+LONG = (
+    Step(20, "any", 300, "shuffled", "plan", seed=1),
+    Step(8, "equal", 300, "shuffled", "run", sinks=True, seed=2),
+    Step(20, "many empty", 300, "shuffled", "plan", workspace="exact", seed=3),
+    Step(17, "equal", 300, "shuffled", "plan", workspace="large", seed=4),
+)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +173,7 @@ SMALL = (
             tuple(replace(step, how=how) for step, how in zip(SMALL, random_plans.GRAPH_WAYS[1:], strict=True)),
             graph=True,
         ),
+        Session((Shape(blocks=1), Shape(("bf16", "e4m3", "bf16", 128, False, False), heads_kv=4, blocks=1)), LONG),
         Session((Shape(split=1), Shape(), Shape(split=harness.WHOLE, page=1), Shape(split=3, page=5, group=12)), SMALL),
         Session(
             (Shape(split=2),),
@@ -171,7 +181,7 @@ SMALL = (
             graph=True,
         ),
     ],
-    ids=["plain", "shapes in turn", "window", "fp8", "graph", "fixed splits in turn", "fixed splits in a graph"],
+    ids=["plain", "shapes in turn", "window", "fp8", "graph", "abreast", "splits in turn", "splits in a graph"],
 )
 def test_sessions_pass_on_the_emulated_kernel(emulated, session: Session) -> None:
     run = runner()

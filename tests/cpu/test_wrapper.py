@@ -785,7 +785,7 @@ def test_gpu_tuned_grid_has_no_more_warps_than_fit(gpu, half_batch, monkeypatch)
 
 def test_gpu_tuned_grid_that_needs_more_workspace_is_left_out(gpu, half_batch, monkeypatch):
     def adjust_plan(self, info, batch_size, blocks, warps, min_tiles):
-        return [4 * blocks, warps, info[2], 8192, *info[4:6], min_tiles, info[7]]
+        return [4 * blocks, warps, info[2], 8192, *info[4:6], min_tiles, *info[7:]]
 
     monkeypatch.setattr(FakeModule, "adjust_plan", adjust_plan)
     assert planned(half_batch, workspace_bytes=8191)._decision.blocks == 132
@@ -810,7 +810,7 @@ def test_gpu_counters_are_the_wrappers_own(gpu, half_batch, monkeypatch):
     wrapper.run(half_batch.q, half_batch.cache)
     assert module.calls[-1][1][2] is first
     original = FakeModule.plan
-    monkeypatch.setattr(FakeModule, "plan", lambda self, *args: [*original(self, *args)[:4], 1 << 20, 2, 1, 3])
+    monkeypatch.setattr(FakeModule, "plan", lambda self, *args: [*original(self, *args)[:4], 1 << 20, 2, 1, 3, 0])
     wrapper.plan(*half_batch.table, *half_batch.shape, window_left=3, **half_batch.dtypes)
     wrapper.run(half_batch.q, half_batch.cache)
     # The old ones stay: a graph may have been captured with them.

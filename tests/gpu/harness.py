@@ -9,17 +9,19 @@ kernel: they scale each row of its output, which is then rounded once more.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import random
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import flashinfer
 import torch
 
 import fi_prefetch
-from fi_prefetch import reference
+from fi_prefetch import decision, reference
 
 DEVICE = torch.device("cuda")
 WORKSPACE_BYTES = 128 << 20
@@ -43,7 +45,8 @@ LSE_FLOOR = 2e-4
 @dataclass(frozen=True)
 class Case:
     """What to decode. `storage`: how K and V lie in memory; `order`: which pages the requests hold; `split`: by the
-    batch-invariant kernel, cut after so many pages, or not at all (WHOLE); 0: by the decode kernel."""
+    batch-invariant kernel, cut after so many pages, or not at all (WHOLE); 0: by the decode kernel. `blocks`: of the
+    grid, where little KV is to make long pieces; 0: as planned."""
 
     lens: tuple[int, ...] = (100, 37, 64)
     heads: tuple[int, int] = (8, 2)
@@ -64,6 +67,7 @@ class Case:
     scales: tuple[float | None, float | None, float | None] = (None, None, None)
     sm_scale: float | None = None
     split: int = 0
+    blocks: int = 0
     seed: int = 0
 
     def __str__(self) -> str:
@@ -88,6 +92,7 @@ _OPTIONAL = (
     ("scales", (None, None, None)),
     ("sm_scale", None),
     ("split", 0),
+    ("blocks", 0),
     ("seed", 0),
 )
 WHOLE = -1
@@ -363,18 +368,30 @@ def new_wrapper(case: Case, **options: Any) -> fi_prefetch.BatchDecodeWithPagedK
     return fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(guarded_workspace().tensor, case.layout, **options)
 
 
+def grid_of(blocks: int) -> contextlib.AbstractContextManager[Any]:
+    """Within the block plans get a grid of so many blocks of as many warps as they may have; 0: their own."""
+    if blocks == 0:
+        return contextlib.nullcontext()
+
+    def small(module: Any, plan_info: Any, spec: Any, *_: Any) -> Any:
+        return module.adjust_plan(plan_info, spec.batch_size, blocks, int(plan_info[1]), 0)
+
+    return mock.patch.object(decision, "_on_tuned_grid", small)
+
+
 def plan(wrapper: Any, inputs: Inputs) -> None:
     case = inputs.case
-    wrapper.plan(
-        inputs.indptr,
-        inputs.indices,
-        inputs.last_page_len,
-        *case.heads,
-        case.dim,
-        case.page,
-        **plan_options(case, DTYPES[case.kv]),
-        **split_options(case),
-    )
+    with grid_of(case.blocks):
+        wrapper.plan(
+            inputs.indptr,
+            inputs.indices,
+            inputs.last_page_len,
+            *case.heads,
+            case.dim,
+            case.page,
+            **plan_options(case, DTYPES[case.kv]),
+            **split_options(case),
+        )
 
 
 def run(wrapper: Any, inputs: Inputs, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:

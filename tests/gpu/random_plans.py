@@ -70,7 +70,7 @@ FLASHINFER_COMPILED = (
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan fixes beside the page table. `split`: as of a Case."""
+    """What a plan fixes beside the page table. `split`, `blocks`: as of a Case."""
 
     compiled: tuple[str, str, str, int, bool, bool] = ("bf16", "bf16", "bf16", 128, False, False)
     heads_kv: int = 2
@@ -83,6 +83,7 @@ class Shape:
     cap: float = 30.0
     sm_scale: float | None = None
     split: int = 0
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ def case_of(step: Step, shape: Shape, budget: int) -> Case:
         scales=step.scales,
         sm_scale=shape.sm_scale,
         split=shape.split,
+        blocks=shape.blocks,
         seed=step.seed,
     )
 
@@ -216,6 +218,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         cap=draw(st.sampled_from((1.0, 30.0))),
         sm_scale=draw(st.sampled_from((None, None, 0.02, 0.3))),
         split=split,
+        blocks=draw(st.sampled_from((0, 0, 0, 0, 1, 3))),
     )
 
 

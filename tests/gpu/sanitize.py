@@ -53,6 +53,16 @@ def cases() -> list[tuple[Case, dict[str, str]]]:
     plain += [Case(lens=(16, 300), q_len=q_len) for q_len in (2, 4)]
     plain += [Case(lens=lens, storage=storage) for storage in ("one", "strided", "different_strides")]
     plain += [Case(lens=(700, 3, 64), position=position, q_len=2) for position in ("ROPE_LLAMA", "ALIBI")]
+    # Long pieces, whose warps read kv heads abreast and meet by themselves: eight, four and two heads of a warp's own.
+    plain += [
+        Case(lens=(300, 450, 0, 20, 500, 380), heads=(group * heads, heads), kv=kv, dim=dim, blocks=2)
+        for heads, group, kv, dim in (
+            (8, 4, "bf16", 128),
+            (4, 12, "e4m3", 128),
+            (16, 1, "bf16", 64),
+            (8, 2, "bf16", 256),
+        )
+    ]
     # The batch-invariant kernel: one split, several, more than are merged in one go, and a table in shared memory.
     splits = (Case(lens=(700, 3, 0, 64)), Case(lens=(1700, 90), kv="e4m3"), Case(lens=(20,) * 40, heads=(24, 2)))
     plain += [dataclasses.replace(case, page=1, split=split) for case in splits for split in (WHOLE, 33, 256)]

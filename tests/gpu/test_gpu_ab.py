@@ -42,6 +42,25 @@ def test_group_sizes(case: Case) -> None:
 
 @over(
     [
+        Case(lens=lens, heads=(group * heads, heads), q=q, kv=kv, dim=dim, page=page, blocks=blocks, **options)
+        for lens, heads, group, blocks in (
+            ((900,) * 12, 8, 4, 4),
+            ((900,) * 12, 32, 1, 12),
+            ((1, 0, 1500, 16, 700, 31, 2000, 640) * 3, 8, 4, 3),
+            ((40,) * 200, 4, 9, 2),
+            ((600,) * 40, 32, 1, 0),
+        )
+        for q, kv, dim, page in (("bf16", "bf16", 128, 16), ("f16", "f16", 64, 1), ("bf16", "e4m3", 128, 64))
+        for options in ({}, {"window": 333, "sinks": True} if q == kv == "bf16" else {"layout": "HND"})
+    ]
+)
+def test_heads_abreast(case: Case) -> None:
+    """Pieces so long that neighbouring warps read neighbouring kv heads, and each meets others by itself."""
+    check(case)
+
+
+@over(
+    [
         Case(lens=(300, 77), heads=heads, q="bf16", kv=kv, page=page)
         for heads, kv, page in itertools.product(
             (
