@@ -319,7 +319,7 @@ def numbers_of(result: dict) -> list[float]:
     found = list(leaves(result))
     for steps in (row["ms_per_step"] for row in result.get("rows", []) if "ms_per_step" in row):
         others = [time for name, time in steps.items() if name != "fi_prefetch"]
-        found += [min(others) / steps["fi_prefetch"]] if others else []
+        found += [min(others) / steps["fi_prefetch"]] if others and "fi_prefetch" in steps else []
     rows = [row for row in result.get("rows", []) if "baselines_us" in row]
     for only_flashinfer in (False, True):
         speedups = report.speedups(rows, only_flashinfer)
