@@ -621,7 +621,7 @@ def _print_result(content: dict[str, Any]) -> None:
 def _print_missing(content: dict[str, Any]) -> None:
     """Why there is a dash in a table: a line a kernel, with the first of its reasons."""
     reasons: dict[str, list[str]] = {}
-    for row in content["rows"]:
+    for row in content.get("rows", []):
         for name, reason in row.get("missing", {}).items():
             reasons.setdefault(name, []).append(reason)
     for name, found in reasons.items():
@@ -743,7 +743,7 @@ def _load_result(path: Path) -> tuple[dict[str, Any], str]:
         content = report.load(path)
     with _reading(path):
         kind = kind_of(content)
-        for row in content["rows"]:
+        for row in content.get("rows", []):
             report.times_of(row)
     return content, kind
 
@@ -769,6 +769,8 @@ def compare(before: Path, after: Path) -> None:
     (first, kind), (second, other_kind) = map(_load_result, (before, after))
     if kind != other_kind:
         raise click.ClickException(f"cannot compare a {kind} with a {other_kind} result")
+    if "rows" not in first or "rows" not in second:
+        raise click.ClickException(f"a {kind} result has no times to compare")
     changes = report.compare(first, second)
     if not changes:
         raise click.ClickException("the two files have nothing measured in common")

@@ -50,6 +50,8 @@ def load(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path}: not a result file of `fi-prefetch bench`: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("checks"), dict):  # what SGLang answered
+        return content
     rows = content.get("rows") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: not a result file of `fi-prefetch bench`: it has no rows")

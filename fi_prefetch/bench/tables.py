@@ -48,10 +48,12 @@ class Table:
 
 
 def kind_of(result: dict[str, Any]) -> str:
-    """Which kind of `fi-prefetch bench` a file is of, "tuning" or "sglang"; ValueError where it is none.
+    """Which kind of `fi-prefetch bench` a file is of, "tuning", "sglang" or "sglang_correctness"; ValueError for none.
 
-    Files do not say it; the columns of their rows do.
+    Files do not say it; the columns of their rows do, or that they have checks.
     """
+    if "checks" in result:
+        return "sglang_correctness"
     rows = result.get("rows") or [{}]
     for kind, column in (
         ("grid", "baselines_us"),
@@ -229,6 +231,25 @@ def sglang(result: dict[str, Any]) -> Table:
     return Table("A decode step in SGLang, ms", columns, lines, words=3)
 
 
+def answers(result: dict[str, Any]) -> Table:
+    """How far SGLang's answers with two attention backends lie apart: requests that are equal to the end, tokens up to
+    where answers part, the mean and the 99.9 % quantile of what their log-probabilities differ by, how many differ by
+    more than bfloat16's noise."""
+    lines = []
+    for check, found in result["checks"].items():
+        for name, pair in found.items():
+            cache, _, backends = name.partition(": ")
+            if "mean_logprob_difference" not in pair:
+                continue
+            counts = (pair["requests"], pair["equal_to_the_end"], pair["tokens_compared"])
+            differences = (pair["mean_logprob_difference"], pair["quantiles"]["0.999"])
+            cells = (*map(str, counts), *(f"{x:.4f}" for x in differences), str(pair["tokens_beyond_noise"]))
+            cache = "fp8" if cache.startswith("fp8") else "bf16"
+            lines.append((check, cache, backends.replace(" against", ","), *cells, str(len(pair["faults"]))))
+    columns = ("check", "KV", "between", "requests", "equal", "tokens", "mean", "99.9 %", "beyond", "faults")
+    return Table("SGLang's answers, differences of log-probabilities", columns, lines, words=3)
+
+
 def paper(result: dict[str, Any]) -> Table:
     """The paper's kernel, with its prefetch and without."""
     from .paper import TABLE_COLUMNS, table_rows
@@ -259,6 +280,7 @@ VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "plan-time": plan_time,
     "tuning": tuning,
     "sglang": sglang,
+    "answers": answers,
     "paper": paper,
     "evidence": evidence,
 }
@@ -270,6 +292,7 @@ OF_KIND = {
     "plan_time": ("plan-time",),
     "tuning": ("tuning",),
     "sglang": ("sglang",),
+    "sglang_correctness": ("answers",),
     "map": ("paper",),
 }
 

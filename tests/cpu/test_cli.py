@@ -324,6 +324,17 @@ def test_report_and_compare_read_every_kind_of_file_and_no_other(tmp_path: Path)
     assert "draws grid or map" in fail("report", str(levers), "--plots", str(tmp_path))
     grid = result_file(tmp_path / "grid.json", {"1x2K": 10.0})
     assert "a grid with a prefetch" in fail("compare", str(grid), str(levers))
+    pair = {
+        "requests": 50, "equal_to_the_end": 38, "tokens_compared": 2769, "mean_logprob_difference": 0.00723,
+        "quantiles": {"0.5": 0.0015, "0.999": 0.1177}, "tokens_beyond_noise": 1, "faults": ["one"],
+    }  # fmt: skip
+    answers = tmp_path / "answers.json"
+    checks = {"text": {"fp8_e4m3: fi_prefetch against fa3": pair, "fp8_e4m3: happened": {"faults": []}}}
+    answers.write_text(json.dumps({"gpu": "NVIDIA H200", "checks": checks}))
+    text = succeed("report", str(answers))
+    for cell in ("fp8", "fi_prefetch, fa3", "2769", "0.0072", "0.1177"):
+        assert cell in text
+    assert "has no times to compare" in fail("compare", str(answers), str(answers))
     other = tmp_path / "other.json"
     other.write_text("{}")
     assert "not a result file" in fail("report", str(other))
