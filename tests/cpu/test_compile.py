@@ -99,25 +99,24 @@ _TRAITS = re.compile(
 )
 ROW_TILES = (1, 2)
 # Bytes that a decode kernel may spill, by head_dim and row tiles. 256 dimensions of 16 rows are 128 registers of sums a
-# lane; rotary positions keep a token's turns in registers besides.
+# lane; rotary positions keep a token's turns in registers besides, ALiBi its slopes. What is left of those with 8 to 16
+# bytes is read back once or a few times in all of the code.
 MAX_SPILLED_BYTES = {
-    "NONE": {(256, 2): 456},
-    "ALIBI": {(256, 2): 480},
-    "ROPE_LLAMA": {(128, 2): 24, (256, 1): 24, (256, 2): 600},
+    "NONE": {(128, 2): 16, (256, 1): 8, (256, 2): 472},
+    "ALIBI": {(128, 2): 48, (256, 2): 480},
+    "ROPE_LLAMA": {(128, 2): 48, (256, 1): 64, (256, 2): 616},
 }
 # The same of the batch-invariant kernel, which has a second level of its merge beside the first.
 MAX_SPILLED_BYTES_OF_FIXED_SPLITS = {"NONE": {(256, 2): 384}, "ROPE_LLAMA": {(128, 2): 88}}
-# The window kernel keeps two registers in memory on two architectures.
-MAX_SPILLED_BYTES_OF_WINDOW = {"8.0": 8, "10.0a": 8}
 
 
 @dataclass
 class Compiled:
-    """A loaded module; its decode kernels (or batch-invariant ones) by row tiles; its window kernel."""
+    """A loaded module; its decode or batch-invariant kernels by row tiles; beside the former a window kernel."""
 
     module: Any
     decode: dict[int, Kernel]
-    prefetch_kv: Kernel
+    prefetch_kv: Kernel | None
 
 
 @functools.cache
@@ -140,8 +139,8 @@ def compiled(case: Case) -> Compiled:
         else:
             assert traits[1] == ("fixed_split" if case.variant.fixed_split else "decode")
             decode[row_tiles] = kernel
-    assert len(window) == 1
-    return Compiled(module, decode, window[0])
+    assert len(window) == (not case.variant.fixed_split)
+    return Compiled(module, decode, window[0] if window else None)
 
 
 def test_the_cases_are_representative():
@@ -200,15 +199,17 @@ def test_registers_and_spills(case):
     by_position = MAX_SPILLED_BYTES_OF_FIXED_SPLITS if case.variant.fixed_split else MAX_SPILLED_BYTES
     allowed = by_position[case.variant.position]
     limits = {row_tiles: allowed.get((case.variant.head_dim, row_tiles), 0) for row_tiles in ROW_TILES}
-    limits[0] = MAX_SPILLED_BYTES_OF_WINDOW.get(case.architecture, 0)
+    limits[0] = 0
     for row_tiles, kernel in [*found.decode.items(), (0, found.prefetch_kv)]:
+        if kernel is None:
+            continue
         assert kernel.usage["LOCAL"] == 0
         assert kernel.usage["STACK"] <= limits[row_tiles], (row_tiles, kernel.usage)
         if limits[row_tiles] == 0:
             assert kernel.count("LDL") == kernel.count("STL") == 0, row_tiles
     # A block of 256 threads must fit a register file of 65,536, and the window kernel beside whatever else runs.
     assert max(kernel.usage["REG"] for kernel in found.decode.values()) <= 255
-    assert found.prefetch_kv.usage["REG"] <= 64
+    assert found.prefetch_kv is None or found.prefetch_kv.usage["REG"] <= 64
 
 
 @every_case
@@ -239,6 +240,8 @@ def test_instructions(case):
         doubles = sum(kernel.count(name) for name in ("DADD", "DMUL", "DFMA"))
         assert kernel.count("FRND") == 0 and (doubles > 0) == rotary, "no doubles but for rotary frequencies"
     window = found.prefetch_kv
+    if window is None:
+        return
     assert window.count("CCTL", "PML2") > 0, "prefetch of lines that are to stay in L2"
     assert (window.count("ACQBULK") > 0) == hopper
     assert window.count("HMMA") == window.count("LDGSTS") == 0, "it computes nothing and copies nothing"
