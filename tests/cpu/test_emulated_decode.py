@@ -207,44 +207,48 @@ def test_the_order_of_execution_does_not_change_a_bit():
         assert torch.equal(o, first[0]) and torch.equal(lse, first[1])
 
 
-# Warps, and as many kv heads abreast as they can take (log2), of grids of one or two blocks: long pieces.
-ABREAST = [(8, 3, 8), (4, 2, 4), (4, 3, 16), (6, 1, 2), (3, 0, 8)]
+# Warps, kv heads abreast (log2) and kv heads, on two blocks: long pieces, two workers or more that meet.
+ABREAST = [(8, 3, 8), (4, 2, 4), (4, 2, 16), (6, 1, 2), (3, 0, 8)]
 LONG_BATCHES = {
-    "equal": [900] * 3,
-    "unequal": [2000, 1500, 0, 1, 1800, 900],
+    "equal": [500] * 13,
+    "unequal": [500, 480, 0, 1, 310, 500] * 4,
     "many": [40] * 70,
-    "one piece each": [1024] * 4,
+    "whole requests": [512] * 16,
 }
 
 
-def abreast_problem(lengths, warps, log2, heads_kv, group=2, **options):
+def abreast_problem(lengths, warps, log2, heads_kv, group=2, surely=True, **options):
     options = {"blocks": 2, "min_tiles": 0, "page_size": 16, **options}
-    return make_problem(lengths, heads_q=heads_kv * group, heads_kv=heads_kv, warps=warps, abreast_log2=log2, **options)
+    if surely:
+        most = options.get("window_left", 1 << 20) + 32
+        tiles = [-(-min(length, most) // 16) for length in lengths]
+        assert reads_abreast(sum(tiles) * heads_kv, options["blocks"] * warps, max(tiles)), "this would not test it"
+    heads_q = heads_kv * group
+    return make_problem(lengths, heads_q=heads_q, heads_kv=heads_kv, warps=warps, abreast_log2=log2, **options)
 
 
 @pytest.mark.parametrize(("warps", "log2", "heads_kv"), ABREAST)
 @pytest.mark.parametrize("lengths", LONG_BATCHES.values(), ids=LONG_BATCHES)
 def test_heads_abreast(lengths, warps, log2, heads_kv):
-    problem = abreast_problem(lengths, warps, log2, heads_kv)
-    tiles = sum(-(-length // 16) for length in lengths)
-    assert reads_abreast(tiles * heads_kv, 2 * warps, -(-max(lengths) // 16)), "this would not test it"
-    assert_right(problem)
+    assert_right(abreast_problem(lengths, warps, log2, heads_kv))
 
 
 @pytest.mark.parametrize("group", [1, 4, 9, 16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_heads_abreast_of_every_shape(group, head_dim):
-    assert_right(abreast_problem([500] * 5, 4, 2, 4, group=group, head_dim=head_dim, blocks=1))
+    # Shared memory holds two warps of 256 dimensions and 16 rows.
+    warps, log2 = (2, 1) if head_dim == 256 else (4, 2)
+    assert_right(abreast_problem([500] * 5, warps, log2, 4, group=group, head_dim=head_dim))
 
 
 def test_heads_abreast_with_window_sinks_and_fp8():
-    problem = abreast_problem([900, 0, 700, 1200], 4, 2, 8, window_left=600, q_len=3, kv_dtype=E4M3, blocks=1)
+    problem = abreast_problem([900, 0, 700, 1200], 4, 2, 8, window_left=600, q_len=3, kv_dtype=E4M3)
     problem.sinks = torch.randn(16)
     assert_right(problem)
 
 
 def test_the_order_of_execution_does_not_change_a_bit_abreast():
-    problem = abreast_problem([900, 1300, 500, 1100], 4, 2, 4, blocks=3)
+    problem = abreast_problem([500, 480, 310, 500] * 4, 4, 2, 4, blocks=3)
     runs = []
     for seed in range(8):
         problem.seed, problem.resident = seed, 1 + seed % 3
@@ -253,7 +257,7 @@ def test_the_order_of_execution_does_not_change_a_bit_abreast():
 
 
 def test_the_table_may_change_until_the_dependencies_end_abreast():
-    lengths = [900, 1300, 500, 1100]
+    lengths = [500, 480, 310, 500] * 3
     expected, _, _ = emulated.run(abreast_problem(lengths, 4, 2, 4))
     problem = abreast_problem(lengths, 4, 2, 4, levers=(0, 2, 0, 0, 0))
     final = problem.indices.clone(), problem.last_page_len.clone()
@@ -385,10 +389,10 @@ def test_plain_loads_and_stores_stay_inside_their_buffers():
     program = """
 import emulated_decode as emulated
 for options in (
-    {}, {"abreast_log2": 1, "blocks": 1}, {"window_left": 20, "q_len": 2},
+    {}, {"abreast_log2": 1, "blocks": 2}, {"window_left": 20, "q_len": 2},
     {"levers": (2, 2, 1 << 16, 2, 1), "page_size": 16, "hnd": True}, {"split_tiles": 2},
 ):
-    for lengths in ([0, 1, 33, 200], [700], [600] * 3):
+    for lengths in ([0, 1, 33, 200], [700], [300] * 9):
         problem = emulated.make_problem(lengths, heads_q=6, heads_kv=2, warps=2, **{"blocks": 20, **options})
         o, _, _ = emulated.run(problem)
         assert (o.double() - emulated.reference(problem)[0]).abs().max() < 0.05
@@ -419,14 +423,14 @@ ANY_BATCH = dict(
     lengths=st.lists(st.integers(0, 700), min_size=8, max_size=40),
     page_size=st.sampled_from([1, 3, 16]),
     group=st.sampled_from([1, 4]),
-    grid=st.sampled_from([(1, 4, 2, 4), (2, 2, 2, 4), (3, 4, 1, 2), (1, 8, 3, 8)]),
+    grid=st.sampled_from([(2, 4, 2, 4), (4, 2, 2, 4), (3, 4, 1, 2), (2, 8, 3, 8)]),
     seed=st.integers(0, 2**20),
 )
 def test_any_batch_abreast(lengths, page_size, group, grid, seed):
     blocks, warps, log2, heads_kv = grid
     assert_right(
-        abreast_problem(lengths, warps, log2, heads_kv, group=group, blocks=blocks, page_size=page_size, seed=seed,
-                        levers=(seed % 3, seed % 4, 0, 0, seed % 2))
+        abreast_problem(lengths, warps, log2, heads_kv, group=group, surely=False, blocks=blocks,
+                        page_size=page_size, seed=seed, levers=(seed % 3, seed % 4, 0, 0, seed % 2))
     )  # fmt: skip
 
 
