@@ -108,7 +108,6 @@ class Schedule:
         num_kv_heads: heads; each request and head is worked on separately.
         blocks, warps: the grid, and the warps of a block.
         min_tiles_per_warp: with less than this to do for every warp, fewer blocks work; 0: the kernel chooses.
-        most_abreast: kv heads that neighbouring warps may read abreast.
         q_len, window_left: as in the wrapper's plan.
     """
 
@@ -117,7 +116,6 @@ class Schedule:
     blocks: int
     warps: int
     min_tiles_per_warp: int = 0
-    most_abreast: int = 1
     q_len: int = 1
     window_left: int = -1
 
@@ -129,9 +127,10 @@ class Schedule:
     @cached_property
     def abreast(self) -> int:
         """Kv heads that are read abreast, each by a warp of its own; a worker of the partition is so many warps."""
-        tiles = sum(self.tiles) * self.num_kv_heads
-        abreast = reads_abreast(tiles, self.blocks * self.warps, max(self.tiles, default=0))
-        return self.most_abreast if abreast else 1
+        tiles, warps = sum(self.tiles) * self.num_kv_heads, self.blocks * self.warps
+        if not reads_abreast(tiles, warps, max(self.tiles, default=0)):
+            return 1
+        return most_abreast(warps, self.num_kv_heads)
 
     @cached_property
     def partition(self) -> Partition:
@@ -140,9 +139,10 @@ class Schedule:
         longest = max(self.tiles, default=0)
         equal = longest if longest * len(self.tiles) == sum(self.tiles) else 0
         min_tiles = self.min_tiles_per_warp or default_min_tiles(longest)
-        if self.abreast > 1:
-            return Partition(line, active_blocks(line, self.blocks * self.warps // self.abreast, 1, min_tiles, equal))
-        return Partition(line, active_blocks(line, self.blocks, self.warps, min_tiles, equal) * self.warps)
+        blocks, warps = self.blocks, self.warps
+        if self.abreast > 1:  # workers, parts of one or more blocks
+            blocks, warps = blocks * warps // self.abreast, 1
+        return Partition(line, active_blocks(line, blocks, warps, min_tiles, equal) * warps)
 
     @property
     def working_blocks(self) -> int:

@@ -11,7 +11,7 @@ from fi_prefetch import dispatch
 from fi_prefetch.device import GpuFacts, describe
 from fi_prefetch.dispatch import DecodeSpec, KernelChoice
 from fi_prefetch.prefetch import LaunchFacts, PrefetchPlan, PrefetchPolicy, resolve
-from fi_prefetch.schedule import Schedule, most_abreast
+from fi_prefetch.schedule import Schedule
 from fi_prefetch.tune import grid_for, rules_for
 
 from .environment import require_gpu
@@ -70,8 +70,7 @@ def explain_here(shape: Shape, policy: PrefetchPolicy, ready: str) -> Explanatio
     launch = levers.facts
     # The least work of a warp goes to the kernel with the grid, from the same table, and is not among the facts.
     grid = grid_for(rules_for(require_gpu().key), launch.kv_bytes)
-    abreast = most_abreast(launch.blocks * launch.warps, shape.heads_kv)
-    schedule = Schedule(shape.lengths, shape.heads_kv, launch.blocks, launch.warps, grid.min_tiles_per_warp, abreast)
+    schedule = Schedule(shape.lengths, shape.heads_kv, launch.blocks, launch.warps, grid.min_tiles_per_warp)
     return Explanation(wrapper.kernel_choice, schedule, levers, assumed=False)
 
 
@@ -95,8 +94,7 @@ def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -
     choice = kernel_choice(shape, facts)
     grid = grid_for(rules_for(facts.key), shape.kv_bytes)
     blocks, warps = facts.sm_count * grid.blocks_per_sm, grid.warps
-    abreast = most_abreast(blocks * warps, shape.heads_kv)
-    schedule = Schedule(shape.lengths, shape.heads_kv, blocks, warps, grid.min_tiles_per_warp, abreast)
+    schedule = Schedule(shape.lengths, shape.heads_kv, blocks, warps, grid.min_tiles_per_warp)
     if choice.kernel != "fi_prefetch":
         return Explanation(choice, schedule, None, assumed=True)
     tile_bytes = TILE_TOKENS * shape.token_bytes // shape.heads_kv

@@ -81,6 +81,11 @@ def batch(row: Row) -> str:
     return lens_label(row["kv_lens"]).replace("x", " x ").replace("+", " + ")
 
 
+def cache_name(kv_dtype: str) -> str:
+    """What tables call SGLang's `--kv-cache-dtype`; "auto" is the model's own."""
+    return "fp8" if kv_dtype.startswith("fp8") else "bf16"
+
+
 def of_dtype(rows: Sequence[Row], fp8: bool) -> list[Row]:
     """The rows with fp8 KV, or those without."""
     return [row for row in rows if (row["kv_dtype"] != row["q_dtype"]) == fp8]
@@ -223,10 +228,11 @@ def sglang(result: dict[str, Any]) -> Table:
         share = "-" if row["attention_share"] is None else f"{row['attention_share']:.0%}"
         others = [time for name, time in steps.items() if name != "fi_prefetch"]
         factor = f"{min(others) / steps['fi_prefetch']:.3f}" if others and "fi_prefetch" in steps else "-"
-        cache = "fp8" if row["kv_dtype"].startswith("fp8") else "bf16"
         model = row["model"] + ("" if row["tp"] == 1 else f" TP-{row['tp']}")
         times = (f"{steps[name]:.2f}" if name in steps else "-" for name in names)
-        lines.append((model, cache, batch({"kv_lens": report.step_lens(row)}), *times, factor, share))
+        lines.append(
+            (model, cache_name(row["kv_dtype"]), batch({"kv_lens": report.step_lens(row)}), *times, factor, share)
+        )
     columns = ("model", "KV", "batch", *names, "speed-up", "attention's share")
     return Table("A decode step in SGLang, ms", columns, lines, words=3)
 
@@ -238,14 +244,14 @@ def answers(result: dict[str, Any]) -> Table:
     lines = []
     for check, found in result["checks"].items():
         for name, pair in found.items():
-            cache, _, backends = name.partition(": ")
+            kv_dtype, _, backends = name.partition(": ")
             if "mean_logprob_difference" not in pair:
                 continue
             counts = (pair["requests"], pair["equal_to_the_end"], pair["tokens_compared"])
             differences = (pair["mean_logprob_difference"], pair["quantiles"]["0.999"])
             cells = (*map(str, counts), *(f"{x:.4f}" for x in differences), str(pair["tokens_beyond_noise"]))
-            cache = "fp8" if cache.startswith("fp8") else "bf16"
-            lines.append((check, cache, backends.replace(" against", ","), *cells, str(len(pair["faults"]))))
+            between = backends.replace(" against", ",")
+            lines.append((check, cache_name(kv_dtype), between, *cells, str(len(pair["faults"]))))
     columns = ("check", "KV", "between", "requests", "equal", "tokens", "mean", "99.9 %", "beyond", "faults")
     return Table("SGLang's answers, differences of log-probabilities", columns, lines, words=3)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fi_prefetch.schedule import Partition, Schedule, active_blocks, most_abreast, request_tiles
+from fi_prefetch.schedule import Partition, Schedule, active_blocks, request_tiles
 
 
 @given(tiles=st.integers(1, 2**32 - 1), workers=st.integers(1, 8192))
@@ -74,7 +74,7 @@ def test_request_tiles(length, q_len, window_left, tiles):
     warps=st.integers(1, 8),
 )
 def test_segments_hold_every_tile_once_in_order(lengths, heads, blocks, warps):
-    schedule = Schedule(lengths, heads, blocks, warps, most_abreast=most_abreast(blocks * warps, heads))
+    schedule = Schedule(lengths, heads, blocks, warps)
     seen = [(s.request, s.head, t) for s in schedule.segments for t in range(s.first_tile, s.end_tile)]
     expected = [(r, h, t) for r, n in enumerate(schedule.tiles) for h in range(heads) for t in range(n)]
     assert seen == sorted(expected, key=lambda place: place[1] % schedule.abreast)
@@ -94,7 +94,7 @@ def test_the_kernel_cuts_where_the_host_does(lengths, window_left):
         abreast_log2=2,
     )  # fmt: skip
     asked = {int(a["address"]) for a in emulated.prefetch_kv(problem, tiles=1)}
-    schedule = Schedule(lengths, heads, blocks, warps, problem.min_tiles, 4, window_left=window_left)
+    schedule = Schedule(lengths, heads, blocks, warps, problem.min_tiles, window_left=window_left)
     assert (schedule.abreast == 4) == (len(lengths) > 15 and window_left < 0)
     expected = set()
     first_of_piece = {}
