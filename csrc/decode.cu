@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <string>
 
 #include "decode.cuh"
@@ -415,13 +416,20 @@ struct Launch {
 
 template <auto KERNEL, typename... Params>
 void launch(const Launch& l, int device, const Params&... params) {
-  // One memory of it a kernel and device. Two threads may both set it: as good as once.
+  // One memory of it a kernel and device. Only ever raised, by one thread at a time: else a smaller launch of another
+  // thread could have the last word with CUDA, and a larger one here.
   constexpr int kDevices = 64;
   static std::atomic<uint32_t> shared_limit[kDevices];
-  if (device >= kDevices || shared_limit[device].load(std::memory_order_relaxed) < l.shared) {
-    check_cuda(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared),
-               "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
-    if (device < kDevices) shared_limit[device].store(l.shared, std::memory_order_relaxed);
+  static std::mutex raising;
+  FI_PREFETCH_CHECK(device >= 0 && device < kDevices, RuntimeError)
+      << "device: expected one of the first " << kDevices << ", got " << device;
+  if (shared_limit[device].load(std::memory_order_acquire) < l.shared) {
+    const std::lock_guard<std::mutex> lock(raising);
+    if (shared_limit[device].load(std::memory_order_relaxed) < l.shared) {
+      check_cuda(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared),
+                 "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+      shared_limit[device].store(l.shared, std::memory_order_release);
+    }
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -1,13 +1,18 @@
 """From the wrapper's Python down to the kernel, on the CPU: csrc/decode.cu with its checks, exported through tvm-ffi,
 launches into the emulator, under the wrapper as a GPU's user has it."""
 
+import concurrent.futures
+import ctypes
 import dataclasses
 import functools
 import math
+import shutil
+import time
 
 import emulated_decode as emulated
 import pytest
 import torch
+import tvm_ffi
 from batches import make_batch
 from emulator import build as emulator
 from emulator import module as emulated_module
@@ -294,6 +299,28 @@ def test_the_module_runs_what_the_refused_calls_were_made_of():
     module, arguments = module_arguments(problem, sm_scale=128**-0.5)
     module.run(*arguments)
     torch.testing.assert_close(arguments[9].double(), emulated.reference(problem)[0], rtol=2e-2, atol=1e-2)
+
+
+def test_two_threads_may_launch_a_kernel_for_the_first_time_at_once(tmp_path):
+    """CUDA keeps what a kernel's shared memory was set to last: the launch that needs less must not take it back."""
+    # A copy of the library is a module that nobody has launched yet.
+    path = shutil.copy(emulated_module.compiled(jit.Variant(BF16, BF16, BF16, 128, False, False)), tmp_path)
+    ctypes.CDLL(path).emulator_set_attribute_milliseconds(300)
+    module = tvm_ffi.load_module(str(path))
+    problems = [emulated.make_problem([40, 9], heads_q=heads, heads_kv=2) for heads in (16, 2)]  # the smaller comes last
+    calls = []
+    for problem in problems:
+        _, arguments = module_arguments(problem, sm_scale=128**-0.5)
+        arguments[1] = torch.zeros(arguments[2][4] // 4, dtype=torch.int32)
+        calls.append(arguments)
+    assert calls[0][2][2] > calls[1][2][2] > 48 << 10, "bytes of shared memory"
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        large = pool.submit(module.run, *calls[0])
+        time.sleep(0.1)  # it is setting its size now
+        small = pool.submit(module.run, *calls[1])
+        for future, arguments, problem in zip((large, small), calls, problems, strict=True):
+            future.result(timeout=120)
+            torch.testing.assert_close(arguments[9].double(), emulated.reference(problem)[0], rtol=2e-2, atol=1e-2)
 
 
 def test_levers_out_of_range_are_clamped():

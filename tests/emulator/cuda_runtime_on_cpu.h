@@ -5,6 +5,11 @@
 #include <dlpack/dlpack.h>
 #include <tvm/ffi/error.h>
 
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <thread>
+
 #include "cuda_on_cpu.h"
 
 // The module asks for tensors on a CUDA device. Here these are the CPU's.
@@ -21,10 +26,19 @@ struct Device {
   int dependent_launches = 0;  // of them, under programmatic dependent launch
 } inline device;
 
+/// Each kernel's dynamic shared memory, as it was set last; what CUDA allows unasked where it was not.
+inline std::map<const void*, int> shared_limits;
+constexpr int kUnaskedSharedBytes = 48 * 1024;
+inline int attribute_milliseconds = 0;  // that setting it takes
+inline std::mutex one_call;             // of the runtime at a time, from any thread
+
 }  // namespace emulator
 
 EMULATOR_EXPORT void emulator_set_device(int64_t multiprocessors, int64_t shared_bytes_per_block) {
   emulator::device = {int(multiprocessors), int(shared_bytes_per_block)};
+}
+EMULATOR_EXPORT void emulator_set_attribute_milliseconds(int64_t milliseconds) {
+  emulator::attribute_milliseconds = int(milliseconds);
 }
 EMULATOR_EXPORT int64_t emulator_launches() { return emulator::device.launches; }
 EMULATOR_EXPORT int64_t emulator_dependent_launches() { return emulator::device.dependent_launches; }
@@ -47,15 +61,27 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 namespace emulator {
 
 template <typename Kernel>
-cudaError_t set_attribute(Kernel*, cudaFuncAttribute attribute, int value) {
-  const bool fits = value <= device.shared_bytes_per_block;
-  return attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && fits ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t set_attribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > device.shared_bytes_per_block) {
+    return cudaErrorInvalidValue;
+  }
+  {
+    const std::lock_guard<std::mutex> lock(one_call);
+    shared_limits[reinterpret_cast<const void*>(kernel)] = value;
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(attribute_milliseconds));
+  return cudaSuccess;
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                           const Arguments&... arguments) {
   const auto& [grid, block, shared_bytes, stream, attributes, attribute_count] = *config;
+  const std::lock_guard<std::mutex> lock(one_call);
+  const auto limit = shared_limits.find(reinterpret_cast<const void*>(kernel));
+  if (int(shared_bytes) > (limit == shared_limits.end() ? kUnaskedSharedBytes : limit->second)) {
+    return cudaErrorInvalidValue;
+  }
   device.launches += 1;
   device.dependent_launches += attribute_count > 0;
   const char* error =
