@@ -154,6 +154,15 @@ def output(
         raise ValueError(f"{name}: expected a {alignment}-byte aligned tensor, got address {value.data_ptr():#x}")
 
 
+def factor(name: str, value: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """A tensor by which an output of this shape can be multiplied where it lies."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected a number, or a tensor on {device}, got one on {value.device}")
+    wide = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
+    if len(wide) != len(shape) or any(size not in (1, of) for size, of in zip(wide, shape, strict=True)):
+        raise ValueError(f"{name}: expected a shape that extends to {tuple(shape)}, got {tuple(value.shape)}")
+
+
 def page_table(
     indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, page_size: int, num_pages: int | None
 ) -> None:

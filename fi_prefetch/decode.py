@@ -21,7 +21,7 @@ import torch
 from flashinfer.utils import device_support_pdl
 
 from . import checks, device, dispatch, torch_op
-from .decision import Decision, decide, kernel_for, workspace_size
+from .decision import Decision, decide, kernel_for, on_device, workspace_size
 from .dispatch import DecodeSpec, KernelChoice
 from .launch import Call, host_number, run_kernel, run_reference
 from .planned_module import PlannedModule
@@ -135,7 +135,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         self._counters: list[torch.Tensor] = []
         self._counters_of: dict[int | None, torch.Tensor] = {}
         self._prefetch_codes: dict[bool, list[int]] = {}
-        # Blocks of a run that read KV now, once `prefetch_kv` was called: it gives way to them.
+        # Blocks of a run that read KV now: `prefetch_kv` gives way to them, and once it was called, runs count them.
+        # Made here, since its first call may be captured, and would zero this only when that graph is replayed.
+        self._running_blocks = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._running: torch.Tensor | None = None
         # What FlashInfer itself is planned for; whether it is its code that asks; whether its backend was our pick.
         self._flashinfer_spec: DecodeSpec | None = None
@@ -370,16 +372,18 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         Raises NotImplementedError where nobody does.
         """
         decision = self._decisions.get((spec, kv_bytes))
-        if decision is not None:
-            return decision
-        workspaces = (self._float_workspace_buffer, self._int_workspace_buffer, self._pin_memory_int_workspace_buffer)
-        decision = decide(spec, kv_bytes, self._most_pages(spec, kv_bytes), *workspaces)
-        if decision.choice.kernel == "none":
-            raise NotImplementedError(f"plan: {decision.choice.reason}")
+        if decision is None:
+            workspaces = (
+                self._float_workspace_buffer, self._int_workspace_buffer, self._pin_memory_int_workspace_buffer
+            )  # fmt: skip
+            decision = decide(spec, kv_bytes, self._most_pages(spec, kv_bytes), *workspaces)
+            if decision.choice.kernel == "none":
+                raise NotImplementedError(f"plan: {decision.choice.reason}")
+            if len(self._decisions) >= _MAX_DECISIONS:
+                self._decisions.clear()
+            self._decisions[spec, kv_bytes] = decision
+        # Also for a decision that is known: it may have been made while a graph was captured.
         self._reserve_counters(decision.counter_bytes)
-        if len(self._decisions) >= _MAX_DECISIONS:
-            self._decisions.clear()
-        self._decisions[spec, kv_bytes] = decision
         return decision
 
     def _adopt(self, decision: Decision) -> None:
@@ -409,13 +413,19 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         return kv_bytes // (2 * spec.page_size * spec.num_kv_heads * spec.head_dim * spec.dtype_kv.itemsize)
 
     def _reserve_counters(self, num_bytes: int, stream: int | None = None) -> torch.Tensor | None:
-        """Zeroed counters for launches on a stream; the kernel leaves them zero. None where none are needed."""
+        """Zeroed counters for launches on a stream; the kernel leaves them zero. None where none are needed.
+
+        Those made while a graph is captured are that graph's alone: it zeroes them when it is replayed, which may never
+        happen, and not before another graph runs.
+        """
         entries = -(-num_bytes // 4)
         counters = self._counters_of.get(stream)
         if entries and (counters is None or counters.numel() < entries):
             size = max(1024, 1 << (entries - 1).bit_length())
-            counters = self._counters_of[stream] = torch.zeros(size, dtype=torch.int32, device=self.device)
-            self._counters.append(counters)
+            counters = torch.zeros(size, dtype=torch.int32, device=self.device)
+            if not self._is_capturing():
+                self._counters_of[stream] = counters
+                self._counters.append(counters)
         return counters
 
     def _current_stream(self) -> int | None:
@@ -589,7 +599,11 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         return _FlashInferWrapper.run(self, q, cache, *args, **kwargs)
 
     def _is_capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        """Whether the stream that a run would go to is being captured: the current one of the wrapper's GPU."""
+        if self.device.type != "cuda":
+            return False
+        with on_device(self.device):
+            return torch.cuda.is_current_stream_capturing()
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -666,6 +680,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         if reason is not None:
             return self._run_with_flashinfer(reason, decision.spec, q, paged_kv_cache, **passed)
 
+        v_number = host_number(v_scale)
+        if v_number is None:
+            checks.factor("v_scale", v_scale, q.shape, q.device)
         if out is None:
             out = torch.empty(q.shape, dtype=decision.spec.dtype_o, device=q.device)
         else:
@@ -677,7 +694,6 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         else:
             checks.output("lse", lse, q.shape[:2], torch.float32, q.device)
 
-        v_number = host_number(v_scale)
         table = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
         if decision.spec.batch_size:
             v_factor = 1.0 if v_number is None else v_number

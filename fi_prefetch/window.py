@@ -29,7 +29,7 @@ def prefetch_kv(
         wrapper: a planned wrapper.
         paged_kv_cache: what `wrapper.run` will get.
         budget: bytes (int) or fraction of L2 (float) to fill; None: the wrapper's policy's `l2_budget`.
-        stream: where to run, after what the current stream holds now; None: the current stream.
+        stream: of the wrapper's GPU: where to run, after what the current stream holds now; None: the current stream.
 
     Returns whether a prefetch was launched: False on the CPU, where our kernel does not serve the plan, and with
     `fixed_split_size` or `disable_split_kv`.
@@ -43,6 +43,8 @@ def prefetch_kv(
     decision = wrapper._decision
     if decision.choice.kernel == "none":
         raise RuntimeError(f"prefetch_kv: expected plan() before prefetch_kv(): {decision.choice.reason}")
+    if stream is not None and stream.device != wrapper.device:
+        raise ValueError(f"stream: expected one of {wrapper.device}, got one of {stream.device}")
     k, v = wrapper._check_cache(decision.spec, paged_kv_cache)
     facts = device.facts(wrapper.device)
     limit = budget_bytes(wrapper._policy.l2_budget if budget is None else budget, facts.l2_bytes if facts else 0)
@@ -50,8 +52,7 @@ def prefetch_kv(
         return False
     if dispatch.cache_obstacle(k, v) is not None:
         return False
-    if wrapper._running is None:
-        wrapper._running = torch.zeros(1, dtype=torch.int32, device=wrapper.device)
+    wrapper._running = wrapper._running_blocks
     _launch(wrapper, decision, k, v, limit, stream)
     return True
 

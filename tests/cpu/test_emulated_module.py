@@ -307,7 +307,7 @@ def test_two_threads_may_launch_a_kernel_for_the_first_time_at_once(tmp_path):
     path = shutil.copy(emulated_module.compiled(jit.Variant(BF16, BF16, BF16, 128, False, False)), tmp_path)
     ctypes.CDLL(path).emulator_set_attribute_milliseconds(300)
     module = tvm_ffi.load_module(str(path))
-    problems = [emulated.make_problem([40, 9], heads_q=heads, heads_kv=2) for heads in (16, 2)]  # the smaller comes last
+    problems = [emulated.make_problem([40, 9], heads_q=heads, heads_kv=2) for heads in (16, 2)]
     calls = []
     for problem in problems:
         _, arguments = module_arguments(problem, sm_scale=128**-0.5)

@@ -552,6 +552,22 @@ BAD_RUN = {
     "lse dtype": (lambda b: {"lse": torch.zeros(4, 4).half()}, ValueError, "lse: expected dtype torch.float32"),
     "lse shape": (lambda b: {"lse": torch.zeros(4)}, ValueError, "lse: expected shape"),
     "sinks shape": (lambda b: {"sinks": torch.zeros(2)}, ValueError, r"sinks: expected shape \(4,\)"),
+    "sinks device": (lambda b: {"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks: .* cpu, got .* meta"),
+    "out device": (lambda b: {"out": b.q.to("meta")}, ValueError, "out: expected device cpu, got meta"),
+    "lse device": (
+        lambda b: {"lse": torch.zeros(4, 4, device="meta")}, ValueError, "lse: expected device cpu, got meta"
+    ),
+    "cache device": (
+        lambda b: {"paged_kv_cache": b.cache.to("meta")}, ValueError, r"paged_kv_cache \(k_cache.*device cpu, got meta"
+    ),
+    "v device": (
+        lambda b: {"paged_kv_cache": (b.cache[:, 0], b.cache[:, 1].to("meta"))}, ValueError, r"\(v_cache.*got meta"
+    ),
+    "v_scale device": (
+        lambda b: {"v_scale": torch.ones(1, device="meta")}, ValueError, "v_scale: .* a tensor on cpu, got one on meta"
+    ),
+    "v_scale shape": (lambda b: {"v_scale": torch.ones(3)}, ValueError, r"v_scale: expected a shape .*, got \(3,\)"),
+    "v_scale rank": (lambda b: {"v_scale": torch.ones(2, 4, 4, 1)}, ValueError, "v_scale: expected a shape"),
     "window_left": (lambda b: {"window_left": 7}, ValueError, "window_left: expected None or -1 as planned, got 7"),
 }  # fmt: skip
 
@@ -839,6 +855,48 @@ def test_gpu_counters_of_a_capture_are_no_streams(monkeypatch):
     assert current_stream(wrapper) is None
     wrapper._is_capturing = lambda: False
     assert current_stream(wrapper) == 7
+
+
+def test_whether_a_graph_is_captured_is_asked_of_the_wrappers_gpu(monkeypatch):
+    """The current GPU may be another one, where nothing is captured, or where something else is."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(where):
+        before, current[0] = current[0], where.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    for capturing in (0, 1):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda gpu=capturing: current[0] == gpu)
+        for index in (0, 1):
+            wrapper = SimpleNamespace(device=torch.device("cuda", index))
+            assert fi_prefetch.BatchDecodeWithPagedKVCacheWrapper._is_capturing(wrapper) == (index == capturing)
+            assert current == [0]
+
+
+def test_gpu_counters_made_in_a_capture_are_that_graphs_alone(gpu, half_batch, monkeypatch):
+    """They are zero only once that graph has been replayed, which may never happen."""
+    capturing = [True]
+    monkeypatch.setattr(decode.BatchDecodeWithPagedKVCacheWrapper, "_is_capturing", lambda self: capturing[0])
+    wrapper = planned(half_batch)
+    module = only(gpu.modules)
+
+    def counters_of_a_run():
+        wrapper.run(half_batch.q, half_batch.cache)
+        return module.calls[-1][1][2]
+
+    first, second = counters_of_a_run(), counters_of_a_run()
+    assert first is not second and not wrapper._counters
+    capturing[0] = False
+    # The same plan outside: from now on graphs have zeros that were there before them.
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    capturing[0] = True
+    third = counters_of_a_run()
+    assert third is wrapper._counters[0] and counters_of_a_run() is third
+    assert all(third is not other for other in (first, second))
 
 
 class Recorder(TorchDispatchMode):
@@ -1332,9 +1390,29 @@ def test_gpu_prefetch_kv_comes_after_what_the_current_stream_holds(gpu, half_bat
     monkeypatch.setattr(torch.cuda, "current_stream", lambda where: "the current one")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: happened.append("in it") or contextlib.nullcontext())
     monkeypatch.setattr(FakeModule, "prefetch_kv", lambda self, *args: happened.append("launch"))
-    stream = SimpleNamespace(wait_stream=lambda other: happened.append(f"waits for {other}"))
+    stream = SimpleNamespace(
+        wait_stream=lambda other: happened.append(f"waits for {other}"), device=torch.device("cpu")
+    )
     assert fi_prefetch.prefetch_kv(wrapper, half_batch.cache, stream=stream) is True
     assert happened == ["waits for the current one", "in it", "launch"]
+
+
+def test_gpu_prefetch_kv_wants_a_stream_of_its_gpu(gpu, half_batch):
+    """On another GPU's the prefetch would have gone to the current stream instead."""
+    wrapper = planned(half_batch)
+    stream = SimpleNamespace(device=torch.device("cuda", 1))
+    with pytest.raises(ValueError, match="stream: expected one of cpu, got one of cuda:1"):
+        fi_prefetch.prefetch_kv(wrapper, half_batch.cache, stream=stream)
+    assert "prefetch_kv" not in only(gpu.modules).names()
+
+
+def test_gpu_prefetch_kv_makes_no_tensor(gpu, half_batch):
+    """Its first call may be captured: what a capture makes is zero only in that graph's replays."""
+    wrapper = planned(half_batch)
+    with Recorder() as recorder:
+        assert fi_prefetch.prefetch_kv(wrapper, half_batch.cache) is True
+    assert not [op for op in recorder.ops if "zero" in op or "empty" in op or "new" in op]
+    assert only(gpu.modules).calls[-1][1][12].tolist() == [0]
 
 
 def test_gpu_empty_batch_launches_nothing(gpu):
