@@ -269,8 +269,8 @@ def truth(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def flashinfer_workspace() -> torch.Tensor:
-    return torch.zeros(256 << 20, dtype=torch.uint8, device=DEVICE)
+def flashinfer_workspace(device: torch.device) -> torch.Tensor:
+    return torch.zeros(256 << 20, dtype=torch.uint8, device=device)
 
 
 def plan_options(case: Case, kv_dtype: torch.dtype) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def split_options(case: Case) -> dict[str, Any]:
 
 def flashinfer_answer(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashInfer's output and LSE for the rows that have KV."""
-    case = inputs.case
+    case, device = inputs.case, inputs.q.device
     cache, kv_dtype = inputs.cache, DTYPES[case.kv]
     # Its tensor-core kernel does not rotate fp8 keys.
     compiled = (case.q, case.kv, case.dim) in DIRECT_FP8 and case.window < 0 and case.cap == 0
@@ -305,12 +305,12 @@ def flashinfer_answer(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         cache = (inputs.k.to(kv_dtype), inputs.v.to(kv_dtype))
     elif inputs.k.stride() != inputs.v.stride():
         cache = (inputs.k.contiguous(), inputs.v.contiguous())
-    with_kv = torch.tensor([length > 0 for length in inputs.lens], device=DEVICE)
+    with_kv = torch.tensor([length > 0 for length in inputs.lens], device=device)
     counts = (inputs.indptr[1:] - inputs.indptr[:-1])[with_kv]
-    indptr = torch.zeros(len(counts) + 1, dtype=torch.int32, device=DEVICE)
+    indptr = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
     indptr[1:] = counts.cumsum(0)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        flashinfer_workspace(), case.layout, use_tensor_cores=True, backend="fa2"
+        flashinfer_workspace(device), case.layout, use_tensor_cores=True, backend="fa2"
     )
     wrapper.plan(
         indptr,

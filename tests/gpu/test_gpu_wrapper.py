@@ -89,7 +89,7 @@ def test_what_our_kernel_does_not_serve_is_flashinfers_to_the_bit(name: str) -> 
     inputs = build(case)
     answers = []
     for make in (fi_prefetch.BatchDecodeWithPagedKVCacheWrapper, flashinfer.BatchDecodeWithPagedKVCacheWrapper):
-        wrapper = make(flashinfer_workspace(), case.layout, **constructor)
+        wrapper = make(flashinfer_workspace(inputs.q.device), case.layout, **constructor)
         table = (inputs.indptr, inputs.indices, inputs.last_page_len)
         options = {**plan_options(case, inputs.k.dtype), **planning}
         wrapper.plan(*table, *case.heads, case.dim, case.page, **options)
