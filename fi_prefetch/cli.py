@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -281,8 +282,9 @@ def _demo_on_cpu(compile_kernels: bool) -> None:
 # ---- check ---------------------------------------------------------------------------------------------------------
 
 
-CHECK_PARTS = ("suite", "random", "soak", *evidence.SANITIZER_TOOLS)
-# What each part but the sanitizers is called in a record.
+SEVERAL_GPUS = "several_gpus"
+CHECK_PARTS = ("suite", SEVERAL_GPUS, "random", "soak", *evidence.SANITIZER_TOOLS)
+# What each part that is no sanitizer, and needs one GPU, is called in a record.
 _SUITES = {"suite": evidence.GPU_SUITE, "random": evidence.RANDOM_CASES, "soak": evidence.SOAK_CALLS}
 
 
@@ -292,7 +294,8 @@ _SUITES = {"suite": evidence.GPU_SUITE, "random": evidence.RANDOM_CASES, "soak":
     "--only",
     multiple=True,
     type=click.Choice(CHECK_PARTS),
-    help="Run this part alone; repeatable. A record of the same tree, GPU and versions keeps its other parts.",
+    help="Run this part alone; repeatable. A record of the same tree, GPU and versions keeps its other parts; "
+    "several_gpus, which needs two GPUs, may be of another machine than they are.",
 )
 @click.option("--random-cases", default=evidence.MINIMUM[evidence.RANDOM_CASES], show_default=True, help="How many.")
 @click.option("--seed", type=int, help="Draw the random cases with this seed. [default: a new one]")
@@ -303,12 +306,13 @@ def check(
     record: bool, only: tuple[str, ...], random_cases: int, seed: int | None, soak_calls: int, declare_not_run: bool,
     pytest_arguments: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Run the GPU suite, random sessions, a soak of a million calls, and compute-sanitizer over the kernels.
+    """Run the GPU suite, what needs several GPUs where there are two, random sessions, a soak of a million calls, and
+    compute-sanitizer over the kernels.
 
-    PYTEST_ARGUMENTS, after `--`, go to the suite's pytest.
+    PYTEST_ARGUMENTS, after `--`, go to pytest, which runs the first two.
     """
     from .bench import environment
-    from .gpu_check import CheckError, run_random, run_sanitizer, run_soak, run_suite
+    from .gpu_check import CheckError, run_random, run_sanitizer, run_several_gpus, run_soak, run_suite
 
     root = checkout()
     path = root / evidence.EVIDENCE_FILE
@@ -325,21 +329,29 @@ def check(
     gpu = environment.require_gpu().name
     if record and pytest_arguments:
         raise click.UsageError("--record wants the whole suite: no pytest arguments")
-    suites: dict[str, evidence.Counts] = {}
-    sanitizers: dict[str, evidence.Counts] = {}
-    if record and only and path.exists():
-        with one_line(ValueError):
-            earlier = evidence.load(path)
-        # The record names one driver and one set of versions for all its parts.
-        here = (evidence.tree_hash(root), gpu, environment.driver_version(), environment.versions())
-        if (earlier.hash, earlier.gpu, earlier.driver, earlier.versions) == here:
-            suites, sanitizers = dict(earlier.suites), dict(earlier.sanitizers)
+    commit, driver, versions = environment.commit(), environment.driver_version(), environment.versions()
+    gpus = environment.gpus()
+    parts = only or CHECK_PARTS
+    if SEVERAL_GPUS in parts and sum(gpus.values()) < 2:
+        one = f"{SEVERAL_GPUS} needs two GPUs, and PyTorch sees one"
+        if only:
+            raise click.ClickException(one)
+        parts = tuple(part for part in parts if part != SEVERAL_GPUS)
+        console.print(f"{one}: left out", style="yellow")
+    kept = evidence.Evidence(evidence.NOT_RUN, evidence.tree_hash(root), commit, None, gpu, driver, versions)
+    if record:
+        kept = _kept(path, kept, parts, bool(only))
+    suites, sanitizers, several = dict(kept.suites), dict(kept.sanitizers), kept.several_gpus
     problems = []
-    for part in only or CHECK_PARTS:
+    for part in parts:
         console.rule(part)
         try:
             if part == "suite":
                 suites[_SUITES[part]] = run_suite(root, click.echo, pytest_arguments)
+            elif part == SEVERAL_GPUS:
+                several = None
+                counts = run_several_gpus(root, click.echo, pytest_arguments)
+                several = evidence.SeveralGpus(gpus, commit, driver, versions, counts)
             elif part == "random":
                 suites[_SUITES[part]] = run_random(root, click.echo, random_cases, seed)
             elif part == "soak":
@@ -352,16 +364,40 @@ def check(
             problems.append(f"{part}: {error}")
             console.print(str(error), style="red")
         if record:  # after every part: what ran is kept whatever comes next
-            versions = environment.versions()
             found = evidence.from_run(
-                root, environment.commit(), gpu, environment.driver_version(), versions, suites, sanitizers
+                root, kept.commit, kept.gpu, kept.driver, kept.versions, suites, sanitizers, several
             )
             path.write_text(found.to_json())
-    counts = {**suites, **sanitizers}
-    rows = [(name, str(c.passed), str(c.failed), str(c.skipped)) for name, c in counts.items()]
+    ended = {**suites, **sanitizers} | ({} if several is None else {evidence.SEVERAL_GPUS: several.counts})
+    rows = [(name, str(c.passed), str(c.failed), str(c.skipped)) for name, c in ended.items()]
     console.print(table_of("GPU check", ("part", "passed", "failed", "skipped"), rows))
-    if problems or not all(c.clean for c in counts.values()):
+    if problems or not all(c.clean for c in ended.values()):
         raise click.ClickException("; ".join(problems) or "not everything passed")
+
+
+def _kept(path: Path, here: evidence.Evidence, parts: Sequence[str], some: bool) -> evidence.Evidence:
+    """What a run of these parts starts from: `here`, and what stands of the record at `path`.
+
+    A record names one GPU, driver and set of versions for all its parts but what needs several GPUs, which has its own.
+    """
+    alone = set(parts) == {SEVERAL_GPUS}
+    nothing = evidence.Evidence(evidence.NOT_RUN, here.hash, None) if alone else here
+    if not path.exists():
+        return nothing
+    try:
+        earlier = evidence.load(path)
+    except ValueError as error:
+        if some:
+            raise click.ClickException(str(error)) from error
+        return nothing
+    if earlier.hash != here.hash:
+        return nothing
+    if alone:
+        return earlier
+    about_here = (here.gpu, here.driver, here.versions)
+    if some and (earlier.gpu, earlier.driver, earlier.versions) == about_here:
+        here = replace(here, suites=earlier.suites, sanitizers=earlier.sanitizers)
+    return replace(here, several_gpus=earlier.several_gpus)
 
 
 # ---- bench ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@
 random sessions (with their seed), of the soak and of each compute-sanitizer tool, the GPU and the versions, and a hash
 of the sources that decide what is launched. A record
 whose hash is not the tree's says nothing about the tree: kernels that changed since a GPU last ran them are not right.
+
+What needs several GPUs has its own place in the record, with its own machine: one GPU is enough for the rest, and for a
+record that passes. Where it has not run, the record says so by having nothing there.
 """
 
 from __future__ import annotations
@@ -36,11 +39,13 @@ LAUNCH_FILES = tuple(
 )
 
 GPU_SUITE = "tests/gpu"
+SEVERAL_GPUS = "tests/gpu/test_gpu_several.py"
 RANDOM_CASES = "random cases"
 SOAK_CALLS = "soak calls"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # What a record must hold, and of each how much at least.
 MINIMUM = {GPU_SUITE: 2000, RANDOM_CASES: 20_000, SOAK_CALLS: 1_000_000}
+MINIMUM_SEVERAL_GPUS = 25
 NOT_RUN_REASON = "no GPU has run this tree yet"
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
@@ -65,8 +70,20 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class SeveralGpus:
+    """A run of the tests that need several GPUs. `gpus`: how many of each name the process saw."""
+
+    gpus: Mapping[str, int]
+    commit: str | None
+    driver: str | None
+    versions: Mapping[str, str | None]
+    counts: Counts
+
+
+@dataclass(frozen=True)
 class Evidence:
-    """One record. `gpu`, `driver` and `versions` are None or empty where nothing has run."""
+    """One record. `gpu`, `driver` and `versions` are None or empty where nothing has run; `several_gpus` is None where
+    that has not."""
 
     status: str
     hash: str
@@ -77,6 +94,7 @@ class Evidence:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     suites: Mapping[str, Counts] = field(default_factory=dict)
     sanitizers: Mapping[str, Counts] = field(default_factory=dict)
+    several_gpus: SeveralGpus | None = None
 
     def to_json(self) -> str:
         """The record as it is written to the file."""
@@ -129,15 +147,16 @@ def not_run(root: Path, commit: str | None) -> Evidence:
 def from_run(
     root: Path,
     commit: str | None,
-    gpu: str,
+    gpu: str | None,
     driver: str | None,
     versions: Mapping[str, str | None],
     suites: Mapping[str, Counts],
     sanitizers: Mapping[str, Counts],
+    several_gpus: SeveralGpus | None = None,
 ) -> Evidence:
     """The record of a run that has just ended; its status follows from the counts."""
     record = Evidence(
-        PASSED, tree_hash(root), commit, None, gpu, driver, dict(versions), dict(suites), dict(sanitizers)
+        PASSED, tree_hash(root), commit, None, gpu, driver, dict(versions), dict(suites), dict(sanitizers), several_gpus
     )
     complaint = _complaint(record)
     return record if complaint is None else replace(record, status=FAILED, reason=complaint)
@@ -149,6 +168,9 @@ def load(path: Path) -> Evidence:
         data: dict[str, Any] = json.loads(path.read_text())
         for kind in ("suites", "sanitizers"):
             data[kind] = {name: Counts(**counts) for name, counts in data[kind].items()}
+        several = data.get("several_gpus")
+        if several is not None:
+            data["several_gpus"] = SeveralGpus(**{**several, "counts": Counts(**several["counts"])})
         record = Evidence(**data)
     except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not an evidence record: {error!r}") from error
@@ -190,4 +212,13 @@ def _complaint(record: Evidence) -> str | None:
             return f"{name}: {record.suites[name].passed} passed, at least {least} are wanted"
     if record.suites[RANDOM_CASES].seed is None:
         return f"{RANDOM_CASES}: no seed was recorded, so nobody can draw them again"
-    return None
+    return None if record.several_gpus is None else _several_complaint(record.several_gpus)
+
+
+def _several_complaint(run: SeveralGpus) -> str | None:
+    counts, gpus = run.counts, sum(run.gpus.values())
+    if not counts.clean:
+        return f"{SEVERAL_GPUS}: {counts.passed} passed, {counts.failed} failed, {counts.skipped} skipped"
+    if counts.passed < MINIMUM_SEVERAL_GPUS:
+        return f"{SEVERAL_GPUS}: {counts.passed} passed, at least {MINIMUM_SEVERAL_GPUS} are wanted"
+    return f"{SEVERAL_GPUS}: ran with {gpus} GPU" if gpus < 2 else None

@@ -1,4 +1,5 @@
-"""Runs the GPU suite, random sessions, the soak and compute-sanitizer, and counts for the record what they print."""
+"""Runs the GPU suite, what needs several GPUs, random sessions, the soak and compute-sanitizer, and counts for the
+record what they print."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from .evidence import GPU_SUITE, Counts
+from .evidence import GPU_SUITE, SEVERAL_GPUS, Counts
 
 SANITIZE_SCRIPT = "tests/gpu/sanitize.py"
 RANDOM_SCRIPT = "tests/gpu/random_plans.py"
@@ -37,13 +38,23 @@ class CheckError(Exception):
 
 
 def run_suite(root: Path, echo: Echo, arguments: Sequence[str] = ()) -> Counts:
-    """Runs pytest over tests/gpu of the checkout at `root`; every line of output goes to `echo` as it comes."""
+    """Runs pytest over tests/gpu of the checkout at `root`, but for what needs several GPUs; every line of output goes
+    to `echo` as it comes."""
+    return _run_pytest(root, echo, [GPU_SUITE, f"--ignore={SEVERAL_GPUS}", *arguments])
+
+
+def run_several_gpus(root: Path, echo: Echo, arguments: Sequence[str] = ()) -> Counts:
+    """Runs pytest over the tests of the checkout at `root` that need several GPUs."""
+    return _run_pytest(root, echo, [SEVERAL_GPUS, *arguments])
+
+
+def _run_pytest(root: Path, echo: Echo, arguments: Sequence[str]) -> Counts:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", GPU_SUITE, "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         _, status = _stream([*command, *arguments], root, echo)
         if not report.exists():
-            raise CheckError(f"pytest wrote no report for {GPU_SUITE}")
+            raise CheckError(f"pytest wrote no report for {arguments[0]}")
         return _believed(parse_junit(report.read_text()), status)
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -25,6 +26,11 @@ def require_gpu() -> GpuFacts:
     found = facts(torch.device("cuda"))
     assert found is not None
     return found
+
+
+def gpus() -> dict[str, int]:
+    """How many GPUs of each name PyTorch sees."""
+    return dict(Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
 
 
 @functools.cache

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fi_prefetch.evidence import SEVERAL_GPUS
+
 from . import report
 from .report import Row, bytes_label, microseconds
 from .shapes import Shape, lens_label
@@ -271,8 +273,18 @@ def evidence(record: dict[str, Any]) -> Table:
     for name, counts in parts.items():
         seed = "-" if counts["seed"] is None else str(counts["seed"])
         lines.append((name, *where, *(str(counts[end]) for end in ("passed", "failed", "skipped")), seed))
+    lines.append(_several_gpus(record.get("several_gpus")))
     columns = ("what ran", "on", "commit", "passed", "failed", "left out", "seed")
     return Table("Tests and sanitizers on a GPU", columns, lines, words=3)
+
+
+def _several_gpus(run: dict[str, Any] | None) -> tuple[str, ...]:
+    """The row of what needs several GPUs, and may have run on another machine; there also where it has not run."""
+    if run is None:
+        return (SEVERAL_GPUS, "not run", *("-",) * 5)
+    on = ", ".join(f"{count} x {name}" for name, count in run["gpus"].items())
+    counts = (str(run["counts"][end]) for end in ("passed", "failed", "skipped"))
+    return (SEVERAL_GPUS, on, (run["commit"] or "-")[:12], *counts, "-")
 
 
 VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {

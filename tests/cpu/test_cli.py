@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -459,6 +460,99 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def machine(
+    monkeypatch: pytest.MonkeyPatch, name: str = "NVIDIA H200", gpus: int = 1, torch_version: str = "2.11.0"
+) -> None:
+    """The check's machine from here on, on which all passes."""
+    monkeypatch.setattr(cli, "has_gpu", lambda: True)
+    monkeypatch.setattr(environment, "require_gpu", lambda: describe(name, (9, 0), 132, 1))
+    monkeypatch.setattr(environment, "gpus", lambda: {name: gpus})
+    monkeypatch.setattr(environment, "driver_version", lambda: "580")
+    monkeypatch.setattr(environment, "versions", lambda: {"torch": torch_version})
+    monkeypatch.setattr(gpu_check, "run_suite", lambda *_: evidence.Counts(2500, 0, 0))
+    monkeypatch.setattr(gpu_check, "run_several_gpus", lambda *_: evidence.Counts(37, 0, 0))
+    monkeypatch.setattr(gpu_check, "run_random", lambda root, echo, cases, seed: evidence.Counts(cases, 0, 0, 3))
+    monkeypatch.setattr(gpu_check, "run_soak", lambda root, echo, calls: evidence.Counts(calls, 0, 0))
+    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda *_: evidence.Counts(80, 0, 0))
+
+
+def recorded(tree: Path) -> tuple[evidence.Evidence, evidence.Verdict]:
+    record = evidence.load(tree / evidence.EVIDENCE_FILE)
+    return record, evidence.judge(record, evidence.tree_hash(tree))
+
+
+def test_what_needs_several_gpus_may_run_on_another_machine(monkeypatch: pytest.MonkeyPatch, tree: Path) -> None:
+    machine(monkeypatch)
+    assert "several_gpus needs two GPUs, and PyTorch sees one: left out" in succeed("check", "--record")
+    alone, verdict = recorded(tree)
+    assert alone.several_gpus is None and verdict.state == evidence.PASSED
+    assert "needs two GPUs" in fail("check", "--record", "--only", "several_gpus")
+    assert recorded(tree)[0] == alone
+
+    machine(monkeypatch, "NVIDIA H100 80GB HBM3", gpus=2, torch_version="2.12.0")
+    succeed("check", "--record", "--only", "several_gpus")
+    both, verdict = recorded(tree)
+    assert verdict.state == evidence.PASSED
+    assert replace(both, several_gpus=None) == alone, "the rest of the record is as it was, of its own machine"
+    assert both.several_gpus == evidence.SeveralGpus(
+        {"NVIDIA H100 80GB HBM3": 2}, both.several_gpus.commit, "580", {"torch": "2.12.0"}, evidence.Counts(37, 0, 0)
+    )
+
+    machine(monkeypatch)  # and the first machine keeps what the second one recorded
+    for parts in ((), ("--only", "suite")):
+        succeed("check", "--record", *parts)
+        assert recorded(tree)[0].several_gpus == both.several_gpus
+    (tree / "csrc" / "decode.cu").write_text("changed")
+    succeed("check", "--record")
+    assert recorded(tree)[0].several_gpus is None, "of other sources"
+
+
+def test_several_gpus_are_a_part_like_any_other_where_there_are_two(
+    monkeypatch: pytest.MonkeyPatch, tree: Path
+) -> None:
+    machine(monkeypatch, gpus=2)
+    succeed("check", "--record")
+    record, verdict = recorded(tree)
+    assert record.several_gpus.gpus == {"NVIDIA H200": 2} and verdict.state == evidence.PASSED
+    monkeypatch.setattr(gpu_check, "run_several_gpus", lambda *_: evidence.Counts(36, 1, 0))
+    assert "not everything passed" in fail("check", "--record", "--only", "several_gpus")
+    assert recorded(tree)[1].state == evidence.FAILED
+
+    def broken(*_: object) -> evidence.Counts:
+        raise gpu_check.CheckError("pytest wrote no report")
+
+    monkeypatch.setattr(gpu_check, "run_several_gpus", broken)
+    assert "no report" in fail("check", "--record", "--only", "several_gpus")
+    assert recorded(tree)[0].several_gpus is None, "what could not run again is not vouched for by what ran before"
+
+
+def test_several_gpus_alone_are_no_record_of_the_rest(monkeypatch: pytest.MonkeyPatch, tree: Path) -> None:
+    machine(monkeypatch, gpus=2)
+    succeed("check", "--record", "--only", "several_gpus")
+    record, verdict = recorded(tree)
+    assert record.gpu is None and not record.suites and record.several_gpus.counts.passed == 37
+    assert verdict.state == evidence.FAILED and "tests/gpu has not run" in verdict.reason
+
+
+def test_each_part_runs_its_own_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The suite leaves out what needs several GPUs, and that part runs nothing else."""
+    commands = []
+
+    def stream(command: list[str], root: Path, echo: object) -> tuple[str, int]:
+        commands.append(command)
+        report = next(part for part in command if part.startswith("--junitxml=")).partition("=")[2]
+        Path(report).write_text('<testsuites><testsuite tests="3" failures="0" errors="0" skipped="0"/></testsuites>')
+        return "", 0
+
+    monkeypatch.setattr(gpu_check, "_stream", stream)
+    for run in (gpu_check.run_suite, gpu_check.run_several_gpus):
+        assert run(tmp_path, print, ["-x"]) == evidence.Counts(3, 0, 0)
+    suite, several = commands
+    assert evidence.GPU_SUITE in suite and f"--ignore={evidence.SEVERAL_GPUS}" in suite and suite[-1] == "-x"
+    assert evidence.SEVERAL_GPUS in several and evidence.GPU_SUITE not in several and several[-1] == "-x"
+    assert (ROOT / evidence.SEVERAL_GPUS).is_file()
+
+
 def test_what_has_not_run_is_declared(tree: Path) -> None:
     succeed("check", "--declare-not-run")
     record = evidence.load(tree / evidence.EVIDENCE_FILE)
@@ -468,12 +562,8 @@ def test_what_has_not_run_is_declared(tree: Path) -> None:
 def test_a_record_is_made_part_by_part(monkeypatch: pytest.MonkeyPatch, tree: Path) -> None:
     """The suite and the tools may run in different calls: the record is whole when the last one has passed."""
     path = tree / evidence.EVIDENCE_FILE
-    monkeypatch.setattr(cli, "has_gpu", lambda: True)
-    monkeypatch.setattr(environment, "require_gpu", lambda: describe("NVIDIA H200", (9, 0), 132, 1))
-    monkeypatch.setattr(gpu_check, "run_suite", lambda *_: evidence.Counts(2500, 0, 0))
+    machine(monkeypatch)
     monkeypatch.setattr(gpu_check, "run_random", lambda root, echo, cases, seed: evidence.Counts(cases, 0, 0, seed))
-    monkeypatch.setattr(gpu_check, "run_soak", lambda root, echo, calls: evidence.Counts(calls, 0, 0))
-    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda *_: evidence.Counts(80, 0, 0))
 
     def state() -> tuple[str, str]:
         verdict = evidence.judge(evidence.load(path), evidence.tree_hash(tree))
@@ -505,10 +595,7 @@ def test_a_record_is_made_part_by_part(monkeypatch: pytest.MonkeyPatch, tree: Pa
 
 def test_a_record_is_of_one_set_of_versions(monkeypatch: pytest.MonkeyPatch, tree: Path) -> None:
     path = tree / evidence.EVIDENCE_FILE
-    monkeypatch.setattr(cli, "has_gpu", lambda: True)
-    monkeypatch.setattr(environment, "require_gpu", lambda: describe("NVIDIA H200", (9, 0), 132, 1))
-    monkeypatch.setattr(gpu_check, "run_suite", lambda *_: evidence.Counts(2500, 0, 0))
-    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda *_: evidence.Counts(80, 0, 0))
+    machine(monkeypatch)
     succeed("check", "--record", "--only", "suite")
     monkeypatch.setattr(environment, "versions", lambda: {"torch": "another"})
     succeed("check", "--record", "--only", "memcheck")

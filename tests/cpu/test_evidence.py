@@ -155,6 +155,32 @@ def test_anything_but_a_clean_run_fails_whatever_the_record_claims(change: dict,
     assert reason in verdict.reason
 
 
+def several(**changes: object) -> evidence.SeveralGpus:
+    run = evidence.SeveralGpus({"NVIDIA H100": 2}, "abc", "580", {"torch": "2.11.0"}, Counts(37, 0, 0))
+    return replace(run, **changes)
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (several(counts=Counts(36, 1, 0)), "36 passed, 1 failed"),
+        (several(counts=Counts(36, 0, 1)), "1 skipped"),
+        (several(counts=Counts(0, 0, 0)), "0 passed"),
+        (several(counts=Counts(24, 0, 0)), "24 passed, at least 25"),
+        (several(gpus={"NVIDIA H100": 1}), "ran with 1 GPU"),
+    ],
+)
+def test_several_gpus_count_where_they_have_run(run: evidence.SeveralGpus, reason: str) -> None:
+    verdict = evidence.judge(replace(passing("h"), several_gpus=run), "h")
+    assert verdict.state == evidence.FAILED
+    assert evidence.SEVERAL_GPUS in verdict.reason and reason in verdict.reason
+
+
+def test_a_record_passes_without_several_gpus_and_with_them() -> None:
+    for run in (None, several(), several(gpus={"NVIDIA H100": 1, "NVIDIA H200": 1})):
+        assert evidence.judge(replace(passing("h"), several_gpus=run), "h").state == evidence.PASSED
+
+
 def test_not_run_holds_only_for_exactly_this_tree(tree: Path) -> None:
     record = evidence.not_run(tree, commit=None)
     assert evidence.judge(record, evidence.tree_hash(tree)) == evidence.Verdict(
@@ -178,7 +204,8 @@ def test_a_run_is_recorded_as_failed_when_a_count_says_so(tree: Path) -> None:
 
 def test_a_record_survives_the_file(tree: Path, tmp_path: Path) -> None:
     path = tmp_path / "evidence.json"
-    for record in (passing(evidence.tree_hash(tree)), evidence.not_run(tree, commit="abc")):
+    passed = passing(evidence.tree_hash(tree))
+    for record in (passed, replace(passed, several_gpus=several()), evidence.not_run(tree, commit="abc")):
         path.write_text(record.to_json())
         assert evidence.load(path) == record
 
@@ -190,6 +217,9 @@ def test_a_record_survives_the_file(tree: Path, tmp_path: Path) -> None:
         "[]",
         "{}",
         json.dumps({"status": "passed", "hash": "h", "commit": None, "suites": {"a": 1}, "sanitizers": {}}),
+        json.dumps(
+            {"status": "passed", "hash": "h", "commit": None, "suites": {}, "sanitizers": {}, "several_gpus": 2}
+        ),
     ],
 )
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
