@@ -302,7 +302,7 @@ def test_what_was_compiled_ahead_is_loaded_where_there_is_no_nvcc(case, tmp_path
     assert "fi-prefetch build --aot" in missing and "no CUDA compiler" in missing
 
 
-@pytest.mark.parametrize("source", ["fi_prefetch/bench/kernels.cu", "tests/gpu/late_writes.cu"])
+@pytest.mark.parametrize("source", ["fi_prefetch/bench/kernels.cu", "tests/gpu/late_writes.cu", "tests/gpu/few_sms.cu"])
 def test_the_kernels_of_measurements_and_gpu_tests_compile(source, tmp_path):
     """FlashInfer's JIT builds them where they are used, on a GPU; that they compile is known before."""
     folders = {libinfo.find_include_path(), libinfo.find_dlpack_include_path(), jit.csrc_dir()}

@@ -109,6 +109,38 @@ def test_a_capture_that_is_not_finished() -> None:
     assert_counters_are_zero(wrapper)
 
 
+def test_a_first_plan_and_run_that_are_captured() -> None:
+    """What a graph zeroes before it counts in it is its own: that graph may never run, or not before the next."""
+    _, inputs, expected = planned()  # the kernel is loaded, by another wrapper
+    wrapper = graph_wrapper(CASE, len(inputs.indices))
+    fi_prefetch.prefetch_kv(planned()[0], inputs.cache)
+    torch.cuda.synchronize()
+    outs = [torch.full_like(inputs.q, torch.nan) for _ in range(3)]
+
+    def plan_and_run(out: torch.Tensor) -> None:
+        plan(wrapper, inputs)
+        fi_prefetch.prefetch_kv(wrapper, inputs.cache)
+        wrapper.run(inputs.q, inputs.cache, out=out)
+        wrapper.run(inputs.q, inputs.cache, out=out)
+
+    with pytest.raises(Interrupted), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        plan_and_run(outs[0])
+        raise Interrupted
+    graphs = []
+    for out in outs[1:]:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            plan_and_run(out)
+    for number in (1, 0, 1):  # the one that was captured last comes first
+        outs[1 + number].fill_(torch.nan)
+        graphs[number].replay()
+        torch.cuda.synchronize()
+        assert same_bits(outs[1 + number], expected)
+    assert bool(outs[0].isnan().all()), "what was captured and thrown away has run"
+    assert int(wrapper._running) == 0
+    healthy(wrapper, inputs, expected)
+
+
 def test_out_of_memory_while_planning_leaves_the_plan_before_whole() -> None:
     wrapper, inputs, expected = planned()
     # A page table on the host that is longer than the memory that is left: its copy to the GPU fails half-way through.
