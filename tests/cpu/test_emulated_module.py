@@ -112,6 +112,23 @@ def test_one_wrapper_over_many_plans():
         assert not any(counters.any() for counters in wrapper._counters)
 
 
+def test_wrappers_take_turns_on_one_workspace():
+    """Partial results of one, also of the batch-invariant kernel, are what the next one finds there."""
+    memory = workspace()
+    memory.fill_(0xFF)  # NaN
+    wrappers = [fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(memory) for _ in range(3)]
+    batches = [
+        make_batch([300, 1, 90], dtype=BF16, seed=1),
+        make_batch([40, 500], dtype=BF16, kv_dtype=E4M3, head_dim=128, seed=2),
+        make_batch([257, 33], dtype=BF16, head_dim=128, seed=3),
+    ]
+    for turn in range(2):
+        for wrapper, batch in zip(wrappers, batches, strict=True):
+            plan = {"fixed_split_size": 2} if wrapper is wrappers[2] else {}
+            assert_wrapper_is_right(batch, wrapper=wrapper, plan=plan)
+            assert not any(counters.any() for other in wrappers for counters in other._counters), turn
+
+
 def test_strides_of_k_and_v_may_differ_and_q_may_be_a_slice():
     batch = make_batch([40, 9, 130], dtype=BF16)
     k, v = batch.cache[:, 0], batch.cache[:, 1].contiguous()

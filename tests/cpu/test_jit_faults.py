@@ -25,6 +25,7 @@ top={top}
 case " $* " in *" --dryrun "*) echo "#\\$ TOP=$top/cuda" >&2; exit 0;; esac
 echo "$*" >> $top/compilations
 sleep $(cat $top/seconds)
+if [ -e $top/killed ]; then kill -9 $$; fi
 if [ -e $top/message ]; then cat $top/message; exit 2; fi
 while [ $# -gt 0 ]; do
   case $1 in -o) out=$2;; -MF) dependencies=$2;; esac
@@ -86,6 +87,29 @@ def test_a_kernel_that_does_not_compile(toolchain: Toolchain, monkeypatch: pytes
     forget(monkeypatch)
     assert jit.load(VARIANT) is not None, "the next process tries again"
     assert toolchain.compilations == 3
+
+
+def test_a_compiler_that_is_killed(toolchain: Toolchain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kernel does to the largest process when memory runs out."""
+    (toolchain.top / "killed").touch()
+    with pytest.raises(jit.KernelUnavailableError, match=f"could not build {VARIANT.name}"):
+        jit.load(VARIANT)
+    (toolchain.top / "killed").unlink()
+    forget(monkeypatch)
+    assert jit.load(VARIANT) is not None, "what it left is not taken for a library"
+
+
+def test_no_memory_to_start_a_compiler(toolchain: Toolchain, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", fork)
+        jit._toolkit.cache_clear()
+        with pytest.raises(jit.KernelUnavailableError, match="Cannot allocate memory"):
+            jit.load(VARIANT)
+    forget(monkeypatch)
+    assert jit.load(VARIANT) is not None
 
 
 def test_a_full_disk(toolchain: Toolchain, monkeypatch: pytest.MonkeyPatch) -> None:

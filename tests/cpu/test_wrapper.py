@@ -948,6 +948,45 @@ def test_gpu_graph_plan_only_copies_into_the_buffers(gpu, half_batch):
     assert not recorder.ops
 
 
+class Copies(TorchDispatchMode):
+    """Whether each copy into a buffer was one to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.non_blocking: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.non_blocking.append(bool(args[2]) if len(args) > 2 else bool((kwargs or {}).get("non_blocking")))
+        return func(*args, **(kwargs or {}))
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on another device, that notes how it is brought to the wrapper's."""
+
+    device = torch.device("cpu", 1)
+    asked: list[bool] = []
+
+    def to(self, device: torch.device, *, non_blocking: bool) -> torch.Tensor:
+        self.asked.append(non_blocking)
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("asked", [{}, {"non_blocking": True}, {"non_blocking": False}], ids=str)
+def test_gpu_plan_waits_for_its_copies_where_it_is_told_to(gpu, half_batch, dense_decode, asked, monkeypatch):
+    expected = asked.get("non_blocking", True)
+    wrapper = graph_wrapper(half_batch)
+    with Copies() as copies:
+        wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes, **asked)
+    assert copies.non_blocking == [expected] * 3
+    monkeypatch.setattr(Elsewhere, "asked", [])
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    table = [part.as_subclass(Elsewhere) for part in half_batch.table]
+    wrapper.plan(*table, *half_batch.shape, **half_batch.dtypes, **asked)
+    assert Elsewhere.asked == [expected] * 3
+    assert_decodes(wrapper.run(half_batch.q, half_batch.cache, return_lse=True), dense_decode(half_batch), rtol=1e-2)
+
+
 UNSERVED_PLANS = {
     "ALiBi under a soft cap": {"pos_encoding_mode": "ALIBI", "logits_soft_cap": 30.0, "rope_scale": 2.0},
     "too many rows": {"q_len_per_req": 9},
@@ -960,8 +999,10 @@ UNSERVED_PLANS = {
 @pytest.mark.parametrize("changes", UNSERVED_PLANS.values(), ids=UNSERVED_PLANS)
 def test_gpu_unserved_plan_is_flashinfers(gpu, half_batch, changes):
     wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
-    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes | changes)
+    theirs = {"block_tables": torch.zeros(4, 3, dtype=torch.int32), "seq_lens": torch.tensor([5, 0, 16, 33])}
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes | theirs | changes)
     assert wrapper.kernel_choice.kernel == "flashinfer" and wrapper.kernel_choice.reason
+    assert all(gpu.flashinfers[0][1][name] is value for name, value in theirs.items())
     ((_, arguments),) = gpu.flashinfers
     assert arguments["table"] == half_batch.table and arguments["shape"] == half_batch.shape
     for name, value in changes.items():
