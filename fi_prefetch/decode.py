@@ -512,12 +512,14 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
 
     @contextlib.contextmanager
     def _flashinfer(self) -> Iterator[None]:
-        """Within the block the wrapper is FlashInfer's: its backend and its choices, not ours."""
+        """Within the block the wrapper is FlashInfer's, with its backend and its choices, and its GPU the current one:
+        not all of FlashInfer's backends look where the tensors are."""
         if self._claimed_backend:
             self._backend, self._claimed_backend = "auto", False
         self._flashinfer_asks = True
         try:
-            yield
+            with on_device(self.device):
+                yield
         finally:
             self._flashinfer_asks = False
 
@@ -596,7 +598,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         if getattr(self, "_use_xqa_mtp_decode", False) and self._counters:
             # Its XQA kernel must find zeros where it counts, and our kernel may have left partial results there.
             self._float_workspace_buffer.view(torch.uint8).flatten()[:_XQA_COUNTER_BYTES].zero_()
-        return _FlashInferWrapper.run(self, q, cache, *args, **kwargs)
+        with on_device(self.device):
+            return _FlashInferWrapper.run(self, q, cache, *args, **kwargs)
 
     def _is_capturing(self) -> bool:
         """Whether the stream that a run would go to is being captured: the current one of the wrapper's GPU."""

@@ -1013,6 +1013,35 @@ def test_gpu_unserved_plan_is_flashinfers(gpu, half_batch, changes):
     assert wrapper.resolved_backend == "fa2" and wrapper.prefetch_plan is None
 
 
+def test_gpu_flashinfer_plans_and_runs_with_the_wrappers_gpu_current(gpu, half_batch, monkeypatch):
+    """Its XQA kernels, for one, go to the current GPU, wherever the tensors are."""
+    current: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def on_device(where):
+        current.append(where)
+        yield
+        current.pop()
+
+    def within(name):
+        original = getattr(THEIRS, name)
+
+        def called(self, *args, **kwargs):
+            assert current == [self.device]
+            return original(self, *args, **kwargs)
+
+        return called
+
+    monkeypatch.setattr(decode, "on_device", on_device)
+    for name in (decode._PLANNER, "run"):
+        monkeypatch.setattr(THEIRS, name, within(name))
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    float32 = {"q_data_type": torch.float32, "kv_data_type": torch.float32}
+    wrapper.plan(*half_batch.table, *half_batch.shape, **float32)
+    assert wrapper.run(half_batch.q, half_batch.cache) == "their result" and not current
+    assert [name for name, _ in gpu.flashinfers] == ["plan", "run"]
+
+
 @pytest.mark.parametrize(
     "changes, tiles",
     [
