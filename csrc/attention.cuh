@@ -152,18 +152,24 @@ class WarpAttention {
     for (int d = 0; d < kProducts; ++d) clear(output_[d]);
   }
 
-  /// Takes in the tile whose rows lie at `k_tile` and `v_tile` in shared memory.
-  FI_PREFETCH_DEVICE void add_tile(uint32_t k_tile, uint32_t v_tile, int32_t token, int32_t length) {
-    float scores[T::kRowTiles][4];
+  /// Takes in N neighbouring tiles, the first of which begins at `token`; tiles[t] is where the t-th's rows of K lie in
+  /// shared memory, before its rows of V.
+  template <int N>
+  FI_PREFETCH_DEVICE void add_tiles(const uint32_t (&tiles)[N], int32_t token, int32_t length) {
+    float scores[N][T::kRowTiles][4];
+    uint32_t probabilities[N][T::kRowTiles][2];
     if constexpr (T::kRope) {
-      multiply_rotated_k(k_tile, token - (length - p_.q_len), scores);
+#pragma unroll
+      for (int t = 0; t < N; ++t) {
+        multiply_rotated_k(tiles[t], token + t * kTileTokens - (length - p_.q_len), scores[t]);
+      }
     } else {
-      multiply_k(k_tile, scores);
+      multiply_k(tiles, scores);
     }
     scale_and_mask(scores, token, length);
-    uint32_t probabilities[T::kRowTiles][2];
     update_softmax(scores, probabilities);
-    multiply_v(v_tile, probabilities);
+#pragma unroll
+    for (int t = 0; t < N; ++t) multiply_v(tiles[t] + T::kTileBytes, probabilities[t]);
   }
 
   /// Completes the row sums. Once, after the last tile.
@@ -404,39 +410,44 @@ class WarpAttention {
     return T::kSoftCap ? p_.inverse_cap : p_.scale_log2;
   }
 
-  FI_PREFETCH_DEVICE void multiply_k(uint32_t k_tile, float (&scores)[T::kRowTiles][4]) const {
-    // Two sums side by side: a product waits for the one before it with the same sums.
-    float even[T::kRowTiles][4], odd[T::kRowTiles][4];
-    clear(even), clear(odd);
-    const uint32_t row_address = k_tile + matrix_offset_;
+  template <int N>
+  FI_PREFETCH_DEVICE void multiply_k(const uint32_t (&tiles)[N], float (&scores)[N][T::kRowTiles][4]) const {
+    // Two sums of a tile side by side: a product waits for the one before it with the same sums.
+    float sums[N][2][T::kRowTiles][4];
+#pragma unroll
+    for (int t = 0; t < N; ++t) clear(sums[t][0]), clear(sums[t][1]);
 #pragma unroll
     for (int pair = 0; pair < T::kRowChunks / 2; ++pair) {
-      uint32_t r[4];  // tokens 0-7 and 8-15 of the pair's first chunk, then of its second
-      ptx::load_matrix_x4(r, row_address ^ (pair << 5));
-      if constexpr (T::kFp8) {
 #pragma unroll
-        for (int chunk = 0; chunk < 2; ++chunk) {
-          const uint32_t x = r[2 * chunk], y = r[2 * chunk + 1];
-          const uint32_t a[4] = {widen<typename T::Kv>(x & 0xffff), widen<typename T::Kv>(y & 0xffff),
-                                 widen<typename T::Kv>(x >> 16), widen<typename T::Kv>(y >> 16)};
+      for (int t = 0; t < N; ++t) {
+        uint32_t r[4];  // tokens 0-7 and 8-15 of the pair's first chunk, then of its second
+        ptx::load_matrix_x4(r, (tiles[t] + matrix_offset_) ^ (pair << 5));
+        if constexpr (T::kFp8) {
+#pragma unroll
+          for (int chunk = 0; chunk < 2; ++chunk) {
+            const uint32_t x = r[2 * chunk], y = r[2 * chunk + 1];
+            const uint32_t a[4] = {widen<typename T::Kv>(x & 0xffff), widen<typename T::Kv>(y & 0xffff),
+                                   widen<typename T::Kv>(x >> 16), widen<typename T::Kv>(y >> 16)};
+#pragma unroll
+            for (int n = 0; n < T::kRowTiles; ++n) {
+              const uint32_t (&q)[2] = query_[n][2 * pair + chunk];
+              ptx::multiply_add<typename T::QK>(sums[t][chunk][n], a, q[0], q[1]);
+            }
+          }
+        } else {
 #pragma unroll
           for (int n = 0; n < T::kRowTiles; ++n) {
-            const uint32_t (&q)[2] = query_[n][2 * pair + chunk];
-            ptx::multiply_add<typename T::QK>(chunk == 0 ? even[n] : odd[n], a, q[0], q[1]);
+            ptx::multiply_add<typename T::QK>(sums[t][pair % 2][n], r, query_[n][pair][0], query_[n][pair][1]);
           }
-        }
-      } else {
-#pragma unroll
-        for (int n = 0; n < T::kRowTiles; ++n) {
-          ptx::multiply_add<typename T::QK>(pair % 2 == 0 ? even[n] : odd[n], r, query_[n][pair][0],
-                                            query_[n][pair][1]);
         }
       }
     }
 #pragma unroll
-    for (int n = 0; n < T::kRowTiles; ++n)
+    for (int t = 0; t < N; ++t)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[n][i] = even[n][i] + odd[n][i];
+      for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[t][n][i] = sums[t][0][n][i] + sums[t][1][n][i];
   }
 
   /// The same with the keys turned by their positions, of which the tile's first token has `position`: negative, as
@@ -492,75 +503,99 @@ class WarpAttention {
   }
 
   /// Scores in base-2 exponent units; -inf where a query row must not look.
-  FI_PREFETCH_DEVICE void scale_and_mask(float (&scores)[T::kRowTiles][4], int32_t token, int32_t length) const {
+  template <int N>
+  FI_PREFETCH_DEVICE void scale_and_mask(float (&scores)[N][T::kRowTiles][4], int32_t token, int32_t length) const {
 #pragma unroll
-    for (int n = 0; n < T::kRowTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[n][i] *= score_scale(n * 2 + i % 2);
-        if (T::kSoftCap) scores[n][i] = p_.scale_log2 * tanhf(scores[n][i]);
-      }
-    if constexpr (T::kAlibi) {
-      const int32_t first = token + lane_index() / 4;
+    for (int t = 0; t < N; ++t)
 #pragma unroll
       for (int n = 0; n < T::kRowTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          // FlashInfer's distance: from the query's number in its request, not from its position. LSE shows it.
-          const int32_t distance = first + i / 2 * 8 - QueryRow(p_, n * 8 + lane_index() % 4 * 2 + i % 2).token;
-          scores[n][i] += slope_log2_[n * 2 + i % 2] * distance;
+          float& score = scores[t][n][i];
+          score *= score_scale(n * 2 + i % 2);
+          if (T::kSoftCap) score = p_.scale_log2 * tanhf(score);
         }
+    const int32_t first = token + lane_index() / 4;
+    if constexpr (T::kAlibi) {
+#pragma unroll
+      for (int t = 0; t < N; ++t)
+#pragma unroll
+        for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            // FlashInfer's distance: from the query's number in its request, not from its position. LSE shows it.
+            const int32_t distance = first + t * kTileTokens + i / 2 * 8 -
+                                     QueryRow(p_, n * 8 + lane_index() % 4 * 2 + i % 2).token;
+            scores[t][n][i] += slope_log2_[n * 2 + i % 2] * distance;
+          }
     }
     // Inside a request every row sees every token.
-    const bool at_end = token + kTileTokens > length - (p_.q_len - 1);
+    const bool at_end = token + N * kTileTokens > length - (p_.q_len - 1);
     const bool at_window = T::kWindow && token < length - 1 - p_.window_left;
     if (!at_end && !at_window) return;
-    const int32_t first = token + lane_index() / 4;
 #pragma unroll
     for (int n = 0; n < T::kRowTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const QueryRow row(p_, n * 8 + lane_index() % 4 * 2 + i % 2);
+      for (int e = 0; e < 2; ++e) {
+        const QueryRow row(p_, n * 8 + lane_index() % 4 * 2 + e);
         const int32_t position = length - p_.q_len + static_cast<int32_t>(row.token);  // the query's own
-        const int32_t t = first + i / 2 * 8;
-        const bool visible = row.valid && t <= position && (!T::kWindow || t >= position - p_.window_left);
-        if (!visible) scores[n][i] = -INFINITY;
+#pragma unroll
+        for (int t = 0; t < N; ++t)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int32_t at = first + t * kTileTokens + half * 8;
+            const bool visible = row.valid && at <= position && (!T::kWindow || at >= position - p_.window_left);
+            if (!visible) scores[t][n][2 * half + e] = -INFINITY;
+          }
       }
   }
 
   /// Weights are relative to exp2(max_), the greatest score so far, so that the greatest weight is 1 and loses nothing
   /// when it is rounded (a maximum that lags behind costs 10 % of the error). Only a new one takes a reduction over
   /// lanes and a correction of the sums: few tiles after the first have one.
-  FI_PREFETCH_DEVICE void update_softmax(float (&scores)[T::kRowTiles][4], uint32_t (&probabilities)[T::kRowTiles][2]) {
+  template <int N>
+  FI_PREFETCH_DEVICE void update_softmax(float (&scores)[N][T::kRowTiles][4],
+                                         uint32_t (&probabilities)[N][T::kRowTiles][2]) {
     bool exceeds = false;
 #pragma unroll
-    for (int n = 0; n < T::kRowTiles; ++n)
+    for (int t = 0; t < N; ++t)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) exceeds |= scores[n][i] > max_[n * 2 + i % 2];
+      for (int n = 0; n < T::kRowTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) exceeds |= scores[t][n][i] > max_[n * 2 + i % 2];
     if (__any_sync(kFullWarp, exceeds)) raise_max(scores);
 #pragma unroll
-    for (int n = 0; n < T::kRowTiles; ++n) {
+    for (int t = 0; t < N; ++t)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = n * 2 + e;
-        // Until a row has seen a token its maximum is -inf, and -inf - -inf must not become NaN.
-        const float reference = max_[c] == -INFINITY ? 0.0f : max_[c];
-        scores[n][e] = ptx::exp2_fast(scores[n][e] - reference);
-        scores[n][2 + e] = ptx::exp2_fast(scores[n][2 + e] - reference);
-        sum_[c] += scores[n][e] + scores[n][2 + e];
+      for (int n = 0; n < T::kRowTiles; ++n) {
+        float (&x)[4] = scores[t][n];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int c = n * 2 + e;
+          // Until a row has seen a token its maximum is -inf, and -inf - -inf must not become NaN.
+          const float reference = max_[c] == -INFINITY ? 0.0f : max_[c];
+          x[e] = ptx::exp2_fast(x[e] - reference);
+          x[2 + e] = ptx::exp2_fast(x[2 + e] - reference);
+          sum_[c] += x[e] + x[2 + e];
+        }
+        // S^T has tokens as rows, the second product wants them as columns: transpose each eight of them.
+        probabilities[t][n][0] = ptx::transpose_matrix(pack<typename T::PV>(x[0], x[1]));
+        probabilities[t][n][1] = ptx::transpose_matrix(pack<typename T::PV>(x[2], x[3]));
       }
-      // S^T has tokens as rows, the second product wants them as columns: transpose each eight of them.
-      probabilities[n][0] = ptx::transpose_matrix(pack<typename T::PV>(scores[n][0], scores[n][1]));
-      probabilities[n][1] = ptx::transpose_matrix(pack<typename T::PV>(scores[n][2], scores[n][3]));
-    }
   }
 
   /// Takes the maxima up to the greatest scores so far, and the sums with them.
-  FI_PREFETCH_DEVICE void raise_max(const float (&scores)[T::kRowTiles][4]) {
+  template <int N>
+  FI_PREFETCH_DEVICE void raise_max(const float (&scores)[N][T::kRowTiles][4]) {
     float correction[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const float new_max = fmaxf(max_[c], max_over_tokens(fmaxf(scores[c / 2][c % 2], scores[c / 2][2 + c % 2])));
+      float greatest = -INFINITY;
+#pragma unroll
+      for (int t = 0; t < N; ++t) {
+        greatest = fmaxf(greatest, fmaxf(scores[t][c / 2][c % 2], scores[t][c / 2][2 + c % 2]));
+      }
+      const float new_max = fmaxf(max_[c], max_over_tokens(greatest));
       correction[c] = ptx::exp2_fast(max_[c] - (new_max == -INFINITY ? 0.0f : new_max));
       sum_[c] *= correction[c];
       max_[c] = new_max;

@@ -263,6 +263,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     bool settled = false;  // the kernels before have finished, and the piece is what they left to do
     bool again = false;
     int i = 1 - T::kStages;  // below 0: the ring is being filled
+    int step = 1;            // tiles taken together the last time
     if (!early_load) {
       // Once outside of the loop, at whose head the compiler waits for all of the loads above.
       pipeline.issue();
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     }
     // A warp without tiles settles too.
 #pragma unroll 1
-    for (; i < max(count, 1); ++i) {
+    for (; i < max(count, 1); i += step) {
       if (!settled && (i == 0 || (early_load && !pipeline.upcoming_is_older_than(p.q_len)))) {
         settled = true;
         if (early_load) {
@@ -292,18 +293,27 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
           if (i > 0) attention.load_query(run.request, run.head);
           attention.start();
         }
-        pipeline.wait();
+        pipeline.template wait<T::kTakesTwo ? 2 : 1>();
       }
-      pipeline.issue();
+      // As many stages are free as tiles were taken the last time.
+#pragma unroll 1
+      for (int free = 0; free < step; ++free) pipeline.issue();
       if (i < 0) continue;
-      attention.add_tile(pipeline.k_tile(stage), pipeline.v_tile(stage), run.token, run.length);
-      run.token += kTileTokens;
-      ++run.tile;
-      if (i + 1 == static_cast<int>(run_end)) {
+      if constexpr (T::kTakesTwo) step = i + 2 <= static_cast<int>(run_end) ? 2 : 1;
+      const uint32_t tile = pipeline.tile(stage);
+      if (T::kTakesTwo && step == 2) {
+        stage = pipeline.next(stage);
+        attention.template add_tiles<2>({tile, pipeline.tile(stage)}, run.token, run.length);
+      } else {
+        attention.template add_tiles<1>({tile}, run.token, run.length);
+      }
+      stage = pipeline.next(stage);
+      run.token += step * kTileTokens;
+      run.tile += step;
+      if (i + step == static_cast<int>(run_end)) {
         const uint32_t begin = piece.begin + run_end - run.tile;
         put_away<T>(p, piece, run, begin, begin + run.tiles, attention, shared);
       }
-      stage = pipeline.next(stage);
     }
     if (!again) break;
     pipeline.drain();

@@ -65,9 +65,9 @@ FI_PREFETCH_DEVICE void attend_to(const DecodeParams& p, TileCursor<T::kWindow> 
   int32_t token = at.token();
 #pragma unroll 1
   for (uint32_t i = 0; i < count; ++i) {
-    pipeline.wait();
+    pipeline.template wait<1>();
     pipeline.issue();
-    attention.add_tile(pipeline.k_tile(stage), pipeline.v_tile(stage), token, at.request.length);
+    attention.template add_tiles<1>({pipeline.tile(stage)}, token, at.request.length);
     token += kTileTokens;
     stage = pipeline.next(stage);
   }

@@ -98,15 +98,16 @@ class KvPipeline {
   /// The run whose first tile is in a stage, or on its way there. The caller passed a warp barrier since its issue().
   FI_PREFETCH_DEVICE const Run& run(uint32_t stage) const { return runs_[stage]; }
 
-  /// Waits for the oldest tile and makes it visible to the whole warp. Also tells the warp's lanes that all of them are
-  /// done with the stage before it, which issue() fills next.
+  /// Waits for the oldest TILES tiles, where at most as many stages are free, and makes them visible to the whole warp.
+  /// Also tells the warp's lanes that all of them are done with the stages before, which issue() fills next.
+  template <int TILES>
   FI_PREFETCH_DEVICE void wait() {
-    ptx::copy_async_wait<T::kStages - 2>();
+    ptx::copy_async_wait<T::kStages - 2 * TILES>();
     __syncwarp();
   }
 
-  FI_PREFETCH_DEVICE uint32_t k_tile(uint32_t stage) const { return ring_ + stage * T::kStageBytes; }
-  FI_PREFETCH_DEVICE uint32_t v_tile(uint32_t stage) const { return k_tile(stage) + T::kTileBytes; }
+  /// Where the tile in a stage lies: its rows of K, then of V.
+  FI_PREFETCH_DEVICE uint32_t tile(uint32_t stage) const { return ring_ + stage * T::kStageBytes; }
   FI_PREFETCH_DEVICE static uint32_t next(uint32_t stage) { return stage + 1 == T::kStages ? 0 : stage + 1; }
 
  private:
@@ -148,7 +149,7 @@ class KvPipeline {
     // added and exclusive-ored: one instruction a copy.
     const uint32_t lane_offset = TileLayout<T>::offset(first_row, chunk);
     const uint32_t first_lane = at_.tile % 2 * kTileTokens + first_row;
-    const uint32_t stage = k_tile(stage_to_fill_);
+    const uint32_t stage = tile(stage_to_fill_);
 #pragma unroll
     for (int copy = 0; copy < kCopies; ++copy) {
       const uint32_t destination = stage + copy * kRowsPerCopy * T::kRowBytes +
