@@ -513,8 +513,8 @@ def bench(kind: str, **options: Any) -> None:
     """Measure, and write a result file.
 
     KIND is grid (every shape on every kernel), prefetch (every lever), layer (attention in a model's layer), window
-    (the prefetch beside an all-reduce), map (the paper's kernel over bytes in flight) or plan_time (host time of
-    planning).
+    (the prefetch beside an all-reduce), map (run-ahead over bytes in flight, in the paper's kernel and in ours) or
+    plan_time (host time of planning).
     """
     from .bench import report
     from .prefetch import PrefetchPolicy
@@ -615,6 +615,11 @@ def _print_result(content: dict[str, Any]) -> None:
         return
     for table in tables(content):
         console.print(table_of(f"{table.title} ({content['gpu']})", table.columns, table.rows, table.words))
+    if kind_of(content) == "map":
+        from .bench.paper import reading
+
+        for sentence in reading(content):
+            console.print(f"- {sentence}")
     _print_missing(content)
 
 

@@ -263,6 +263,15 @@ def paper(result: dict[str, Any]) -> Table:
     return Table("The paper's kernel", TABLE_COLUMNS, table_rows(result), words=2)
 
 
+def gains(result: dict[str, Any], part: str) -> Table:
+    """The map in numbers, of one kernel: what each prefetch gains."""
+    from .paper import GAIN_COLUMNS, distances, gain_rows
+
+    kernel = {"residency": "the paper's kernel", "ours": "ours, by grid"}[part]
+    title = f"Gain of prefetching over bytes in flight: {kernel}"
+    return Table(title, (*GAIN_COLUMNS, *distances(part)), gain_rows(result, part), words=2)
+
+
 def evidence(record: dict[str, Any]) -> Table:
     """What a GPU has run of the tests and sanitizers; `record` is that of tests/gpu_evidence.json."""
     where = (record["gpu"] or "-", (record["commit"] or "-")[:12])
@@ -287,6 +296,8 @@ VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "tuning": tuning,
     "sglang": sglang,
     "answers": answers,
+    "gains-paper": functools.partial(gains, part="residency"),
+    "gains-ours": functools.partial(gains, part="ours"),
     "paper": paper,
     "evidence": evidence,
 }
@@ -299,7 +310,7 @@ OF_KIND = {
     "tuning": ("tuning",),
     "sglang": ("sglang",),
     "sglang_correctness": ("answers",),
-    "map": ("paper",),
+    "map": ("gains-paper", "gains-ours", "paper"),
 }
 
 

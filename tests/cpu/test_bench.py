@@ -15,9 +15,21 @@ import pytest
 import torch
 
 import fi_prefetch
-from fi_prefetch import gpu_check
-from fi_prefetch.bench import demo, estimate, explain, layer, profile, report, runner, tables, tuning, worker
-from fi_prefetch.bench.baselines import plan_arguments
+from fi_prefetch import device, gpu_check, tune
+from fi_prefetch.bench import (
+    demo,
+    estimate,
+    explain,
+    layer,
+    paper,
+    profile,
+    report,
+    runner,
+    tables,
+    tuning,
+    worker,
+)
+from fi_prefetch.bench.baselines import Unsupported, plan_arguments
 from fi_prefetch.bench.inputs import DecodeInputs, KvPool, pool_bytes, relative_error
 from fi_prefetch.bench.prefetch import POLICIES
 from fi_prefetch.bench.shapes import (
@@ -33,7 +45,7 @@ from fi_prefetch.bench.shapes import (
     small_grid,
 )
 from fi_prefetch.bench.timing import Timing, calls_per_replay, copies_needed, summarise
-from fi_prefetch.prefetch import PROLOGUE_TILES, PrefetchPolicy
+from fi_prefetch.prefetch import PROLOGUE_TILES, LaunchFacts, PrefetchPolicy, resolve
 from fi_prefetch.schedule import Schedule
 from fi_prefetch.tune import CANDIDATES, Grid, Rule
 
@@ -687,20 +699,110 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
         assert report.digest({**HEADER, "rows": rows}).encode() in path.read_bytes(), "whose numbers it shows"
 
 
-def test_a_map_is_drawn_and_gives_the_papers_table(tmp_path: Path) -> None:
-    shape = Shape(32, 8, 16, parse_lens("16x2K")).to_row()
+def map_row(part: str, sms: int, flight: int | None, gain: float | None, lens: str = "16x2K") -> dict[str, Any]:
+    """A row of a map on which the paper's prefetch gains so much."""
+    ours, on = part == "ours", paper.PAPERS[part]
+    return {
+        **paper._spec(part, Shape(32, 8, 16, parse_lens(lens)), sms, None if ours else 0, *((1, 1) if ours else ())),
+        "sms_used": None if flight is None else sms,
+        "resident": None if flight is None else 4,
+        "bytes_in_flight": flight,
+        "floor_us": 10.0,
+        "us": {"off": None if gain is None else 20.0, on: gain and 20.0 / gain},
+        "spread": {},
+        "missing": {} if gain else {on: "a reason"},
+    }
+
+
+def test_a_map_is_drawn_and_gives_its_tables(tmp_path: Path) -> None:
     rows = [
-        {**shape, "part": "table", "sms": sms, "sms_used": used, "most_resident": 0, "bytes_in_flight": flight}
-        | {"floor_us": 10.0, "us": {"off": 20.0, "bulk_1": 16.0}, "spread": {}}
-        for sms, used, flight in ((None, 132, 65536), (80, 80, 131072))
+        map_row("table", 132, 65536, 1.25),
+        map_row("table", 80, 131072, 1.25),
+        map_row("table", 80, None, None),
+        map_row("residency", 132, 16384, 1.5),
+        map_row("residency", 80, None, None),
+        map_row("ours", 132, 24576, 0.8),
     ]
-    rows.append({**rows[0], "sms_used": None, "bytes_in_flight": None, "us": {"off": None, "bulk_1": None}})
     result = {**HEADER, "rows": rows}
     assert tables.kind_of(result) == "map"
-    [table] = tables.tables(result)
+    papers, ours, table = tables.tables(result)
     assert [row[3:6] for row in table.rows] == [["20.0", "16.0", "1.25x"]] * 2 + [["-", "-", "-"]]
+    assert [list(row) for row in papers.rows] == [
+        ["32/8", "16x2K", "132", "4 blocks", "16", "20.0", "50%", "1.50x", "-", "-", "-"]
+    ]
+    assert [list(row) for row in ours.rows] == [
+        ["32/8", "16x2K", "132", "1 x 1 warp", "24", "20.0", "50%", "0.80x", "-", "-"]
+    ]
+    for found in (papers, ours, table):
+        assert {len(row) for row in found.rows} == {len(found.columns)}
     [picture] = report.plot(result, tmp_path)
     assert report.digest(result).encode() in picture.read_bytes()
+
+
+def test_a_map_is_read_from_its_numbers() -> None:
+    rows = [
+        map_row("residency", 132, 16384, 1.30),
+        map_row("residency", 132, 32768, 1.10),
+        map_row("residency", 132, 65536, 1.01),
+        map_row("residency", 132, 131072, 0.85),
+        map_row("residency", 80, None, None),
+        map_row("ours", 132, 24576, 1.05),
+        map_row("ours", 132, 98304, 0.91),
+    ]
+    first, ours, most, below, above = paper.reading({**HEADER, "rows": rows})
+    where = "32/8 heads, 16x2K, 4 blocks and {} KiB in flight an SM"
+    assert first == (
+        f"the paper's kernel on 132 SMs: of 4 points it gains more than 2% on 2 (up to 1.30x: {where.format(16)}; none "
+        f"of them with more than 32 KiB) and costs more than 2% on 1 (down to 0.85x: {where.format(128)})"
+    )
+    assert ours.startswith("ours on 132 SMs: of 2 points it gains more than 2% on 1 (up to 1.05x: ")
+    assert (
+        most
+        == f"the 2.15x that the paper reports is nowhere reached: the most is 1.30x, on 132 SMs at {where.format(16)}"
+    )
+    assert "less than the 64 KiB" in below and below.endswith("1.05x to 1.05x")
+    assert "at least the 64 KiB" in above and above.endswith("0.91x to 0.91x")
+    rows[0]["us"]["bulk_1"] = 9.0
+    assert "the paper reports is reached: the most is 2.22x" in paper.reading({**HEADER, "rows": rows})[2]
+
+
+def test_a_maps_rows_have_the_same_columns_and_what_tells_most_comes_first() -> None:
+    specs = paper.specs()
+    assert {tuple(spec) for spec in specs} == {tuple(specs[0])}
+    assert len({runner.spec_key(spec) for spec in specs}) == len(specs)
+    parts = [spec["part"] for spec in specs]
+    assert parts == sorted(parts, key=["residency", "ours", "table"].index)
+    # 16 requests of 8 heads are less than a block an SM: there is nothing to hold back.
+    alone = [spec["most_resident"] for spec in specs if (spec["part"], spec["sms"]) == ("residency", None)]
+    assert [spec["most_resident"] for spec in specs if spec["part"] == "residency" and spec["kv_bytes"] == 16 << 20] == [
+        0, 1, 0,
+    ]  # fmt: skip
+    assert alone[:4] == [1, 2, 3, 0]
+
+
+def test_ours_on_the_map_runs_the_rows_grid_on_the_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = explain.named_gpu("h200")
+    shape = Shape(32, 8, 16, parse_lens("64x4K"))
+    inputs = SimpleNamespace(out=torch.zeros(1), error=lambda out: 0.0, copies=2)
+
+    def prepare(inputs: Any, policy: PrefetchPolicy) -> tuple[Any, Callable[[int], None]]:
+        """The wrapper's own way from facts and rules to a plan, with eight warps as the most that fit."""
+        here = device.facts(torch.device("cuda"))
+        grid = tune.grid_for(tune.rules_for(here.key), shape.kv_bytes)
+        launch = LaunchFacts(
+            here.sm_count * grid.blocks_per_sm, grid.warps, 3, 8192, shape.kv_bytes, here.l2_bytes, here.sm_count
+        )
+        return SimpleNamespace(prefetch_plan=resolve(policy, launch, pdl=True)), lambda i: None
+
+    monkeypatch.setattr(paper, "prepare_ours", prepare)
+    monkeypatch.setattr(paper, "time_on", lambda stream, call, copies: Timing(5.0, 0.0))
+    row: dict[str, Any] = {"warps_per_block": 2, "blocks_per_sm": 1, "sms_used": 80}
+    assert paper._time_ours(row, inputs, None, facts, 4).us == 5.0
+    assert (row["resident"], row["bytes_in_flight"]) == (1, 2 * 3 * 8192)
+    small = {**row, "warps_per_block": 8}
+    with pytest.raises(Unsupported, match="run-ahead became 0"):
+        shape = Shape(8, 1, 16, parse_lens("16x512"))
+        paper._time_ours(small, inputs, None, facts, 4)
 
 
 # ---- predictions and explanations ----------------------------------------------------------------------------------
