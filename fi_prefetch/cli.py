@@ -180,13 +180,15 @@ def check_architectures(_: click.Context, __: click.Parameter, values: tuple[str
 @click.option(
     "--aot",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Copy the libraries into this folder too; with FI_PREFETCH_AOT_DIR they serve where there is no nvcc.",
+    help="Copy the libraries into this folder too, and the kernels that demo, bench and tune measure with; with "
+    "FI_PREFETCH_AOT_DIR they serve where there is no nvcc.",
 )
 def build(arch: list[str], only: str, fixed_split: bool, jobs: int, aot: Path | None) -> None:
     """Compile the kernel variants now rather than at first use."""
     from rich.progress import track
 
     from . import jit
+    from .bench import kernels
 
     usual, invariant = jit.all_variants(), jit.all_variants(fixed_split=True)
     named = [variant for variant in usual + invariant if variant.name == only]
@@ -202,6 +204,8 @@ def build(arch: list[str], only: str, fixed_split: bool, jobs: int, aot: Path | 
         within = jit.target_architectures(architectures) if architectures else contextlib.nullcontext()
         with within, ThreadPoolExecutor(jobs) as pool:
             specs = [jit.jit_spec(variant, architectures or None) for variant in variants]
+            if aot is not None:  # where there is no compiler, `demo`, `bench` and `tune` are to run too
+                specs.append(kernels.jit_spec(architectures))
             pending = {pool.submit(spec.build, verbose=False, need_lock=True): spec for spec in specs}
             try:
                 for done in track(as_completed(pending), description="compiling", total=len(pending), console=console):
@@ -217,9 +221,9 @@ def build(arch: list[str], only: str, fixed_split: bool, jobs: int, aot: Path | 
                 raise
     except (jit.KernelUnavailableError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    console.print(f"{len(specs) - len(failed)} of {len(specs)} variants compiled in {time.monotonic() - start:.0f} s")
+    console.print(f"{len(specs) - len(failed)} of {len(specs)} libraries compiled in {time.monotonic() - start:.0f} s")
     if failed:
-        raise click.ClickException(f"{len(failed)} variants could not be compiled")
+        raise click.ClickException(f"{len(failed)} libraries could not be compiled")
     if aot is not None:
         size = sum((aot / f"{spec.name}.so").stat().st_size for spec in specs) / 1e6
         console.print(f"{aot}: {len(specs)} libraries, {size:.1f} MB, for {', '.join(architectures)}")

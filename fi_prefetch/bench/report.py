@@ -275,7 +275,8 @@ def _plot_map(result: dict[str, Any], path: Path) -> Path:
                     if (row["heads_q"] > row["heads_kv"]) == grouped and (value := gain(row)) is not None
                 ]
                 label = f"{sms} SMs, {'GQA' if grouped else 'MHA'}"
-                axes.scatter([x for x, _ in points], [y for _, y in points], 25, colour, marker, label=label)
+                xs, ys = [x for x, _ in points], [y for _, y in points]
+                axes.scatter(xs, ys, s=25, c=colour, marker=marker, label=label)
         axes.axhline(1.0, color="k", linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ticker.ScalarFormatter())

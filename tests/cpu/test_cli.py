@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fi_prefetch import __version__, cli, evidence, gpu_check, jit, tune
-from fi_prefetch.bench import environment, runner, tuning
+from fi_prefetch.bench import environment, kernels, runner, tuning
 from fi_prefetch.bench.shapes import MODELS, Shape, parse_lens
 from fi_prefetch.device import describe
 
@@ -128,6 +128,7 @@ def test_build_leaves_out_what_failed(monkeypatch: pytest.MonkeyPatch, tmp_path:
             raise RuntimeError("nvcc said no")
 
     monkeypatch.setattr(jit, "jit_spec", lambda *_: Spec())
+    monkeypatch.setattr(kernels, "jit_spec", lambda _: Spec())
     text = fail("build", "--arch", "9.0a", "--only", "hd128_swa0_cap0", "--aot", str(tmp_path / "kernels"))
     assert "nvcc said no" in text and "could not be compiled" in text
     assert not (tmp_path / "kernels").exists()
@@ -149,6 +150,7 @@ def test_a_build_that_ends_early_starts_nothing_more(monkeypatch: pytest.MonkeyP
             return tmp_path / "none.so"
 
     monkeypatch.setattr(jit, "jit_spec", Spec)
+    monkeypatch.setattr(kernels, "jit_spec", lambda _: Spec(jit.all_variants()[0], None))
     (tmp_path / "file").touch()
     text = fail("build", "--arch", "9.0a", "-j", "1", "--aot", str(tmp_path / "file" / "kernels"))
     assert text.splitlines()[-1].startswith("Error: ") and "Not a directory" in text
