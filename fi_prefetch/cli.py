@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -21,13 +22,19 @@ from rich.table import Table
 
 from . import __version__, evidence
 
+# What a pipe or a log has no width for is not cut to a terminal's eighty columns.
+LOG_WIDTH = 200
 # Square brackets in a path, a reason or a compiler's words are no markup.
-console = Console(markup=False, emoji=False)
+console = Console(
+    markup=False, emoji=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+)
 
 BENCH_KINDS = ("grid", "prefetch", "layer", "window", "map", "plan_time")
 DRAWN_KINDS = ("grid", "map", "sglang")
 # The baselines of bench/baselines.py; named here so that `--help` need not import FlashInfer.
 BASELINE_NAMES = ("flashinfer_cuda_core", "flashinfer_fa2", "flashinfer_fa3", "flashinfer_xqa", "fa3")
+# Those of bench/profile.py, which needs FlashInfer as well.
+PROFILED_KERNELS = ("fi_prefetch", "paper", "fa3")
 # Those that are worth a place in a layer: the others are slower everywhere.
 LAYER_BASELINES = ("flashinfer_fa2", "fa3")
 
@@ -91,6 +98,16 @@ def main() -> None:
     """Batch decode with KV-cache prefetching, as a drop-in for FlashInfer's wrapper."""
 
 
+def levers_on(plan: Any) -> list[str]:
+    """The levers that a PrefetchPlan turns on, in a word or two each."""
+    distances = {"prologue": plan.prologue, "run-ahead": plan.run_ahead}
+    switches = {"early load": plan.early_load, "streaming hint": plan.streaming_hint}
+    return [
+        *(f"{name} {tiles}" for name, tiles in distances.items() if tiles),
+        *(n for n, on in switches.items() if on),
+    ]
+
+
 # ---- info ----------------------------------------------------------------------------------------------------------
 
 
@@ -110,13 +127,20 @@ def info(as_json: bool) -> None:
 
     found = facts(torch.device("cuda")) if has_gpu() else None
     facts_used = found or named_gpu("h200")
-    choices = []
+    choices: list[dict[str, Any]] = []
     for shape in small_grid():
         with one_line(ValueError):  # the environment's policy, or a file of tuned grids
             explained = explain(shape, facts_used, PrefetchPolicy.of(None), "nothing")
-        levers = "" if explained.levers is None else explained.levers.reason
-        choice = explained.choice
-        choices.append({"shape": shape.label, "kernel": choice.kernel, "reason": choice.reason, "levers": levers})
+        levers = explained.levers
+        choices.append(
+            {
+                "shape": shape.label,
+                "kernel": explained.choice.kernel,
+                "reason": explained.choice.reason,
+                "levers": "" if levers is None else levers.reason,
+                "levers_on": [] if levers is None else levers_on(levers),
+            }
+        )
     current = f"fi_prefetch_batch_decode_*_{sources_hash()}*/*.so"
     compiled = sorted(path.stem for path in env.FLASHINFER_JIT_DIR.glob(current))
     report: dict[str, Any] = {
@@ -146,10 +170,10 @@ def info(as_json: bool) -> None:
     ]
     console.print(table_of("fi_prefetch", ("", "value"), lines))
     suffix = "" if found is not None else " (no GPU here: as on this one)"
-    rows = [(c["shape"], c["kernel"], c["levers"] or c["reason"]) for c in choices]
-    choice_table = table_of(f"What would be chosen on {facts_used.name}{suffix}", ("shape", "kernel", "why"), rows)
-    choice_table.columns[2].justify = "left"
-    console.print(choice_table)
+    rows = [(c["shape"], c["kernel"], ", ".join(c["levers_on"]) if c["levers"] else c["reason"]) for c in choices]
+    title = f"What would be chosen on {facts_used.name}{suffix}"
+    console.print(table_of(title, ("shape", "kernel", "levers that are on"), rows, words=3))
+    console.print("Why: `fi-prefetch explain MODEL`, or --json.")
 
 
 # ---- build ---------------------------------------------------------------------------------------------------------
@@ -818,27 +842,45 @@ def report(result: Path, plots: Path | None) -> None:
 
 @main.command()
 @shape_options
-@click.option("--policy", default="auto", show_default=True, help="The policy beside `off`.")
-def profile(policy: str, **options: Any) -> None:
+@click.option("--policy", default="auto", show_default=True, help="Our policy beside `off`.")
+@click.option(
+    "--kernel",
+    "kernels",
+    multiple=True,
+    type=click.Choice(PROFILED_KERNELS),
+    default=PROFILED_KERNELS[:1],
+    show_default=True,
+    help="Repeatable. The paper's wants --page 16.",
+)
+@click.option("--budget-seconds", type=POSITIVE, help="Start on no further shape after this.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write a result file too.")
+def profile(
+    policy: str, kernels: tuple[str, ...], budget_seconds: float | None, output: Path | None, **options: Any
+) -> None:
     """Hardware counters of a call, with prefetch off and on, read by Nsight Compute (ncu)."""
-    from .bench.profile import ProfileError, profiler_path, side_by_side
-    from .bench.profile import profile as profile_call
+    from .bench import environment
+    from .bench.profile import ProfileError, profiler_path
+    from .bench.profile import profile as profile_calls
     from .prefetch import PrefetchPolicy
 
     with one_line(ValueError):
         PrefetchPolicy.of(policy)
     shapes, whole_grid = shapes_from(options)
     if whole_grid:
-        raise click.UsageError("name one shape, with --heads and --lens, or --model, --batch and --context")
-    try:
+        raise click.UsageError("name shapes, with --heads and --lens, or --model, --batch and --context")
+    with one_line(ProfileError):
         profiler_path()
         require_gpu()
-        for shape in shapes:
-            with console.status(f"profiling {shape.label}"):
-                found = [profile_call(shape, name) for name in ("off", policy)]
-            console.print(table_of(shape.label, ("", "off", policy), side_by_side(found)))
-    except ProfileError as error:
-        raise click.ClickException(str(error)) from error
+        with console.status(f"profiling {len(shapes)} shapes"):
+            rows, complete = profile_calls(shapes, kernels, policy, budget_seconds)
+    content = {**environment.header(), "complete": complete, "rows": rows}
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(content, indent=1) + "\n")
+        console.print(f"{output}: {len(rows)} of {len(shapes)} shapes")
+    _print_result(content)
+    if not any(row["counters"] for row in rows):
+        raise click.ClickException("no call was profiled")
 
 
 @main.command()

@@ -160,6 +160,9 @@ def times_of(row: Row) -> dict[str, tuple[float, float]]:
     elif "ms_per_step" in row:
         step = row["ms_per_step"].get("fi_prefetch")
         found = {label: (None if step is None else step * 1e3, 0.0)}
+    elif "counters" in row:
+        durations = {name: found["duration"] for name, found in row["counters"].items() if is_ours(name)}
+        found = {f"{label}: {name}": (time, 0.0) for name, time in durations.items()}
     elif GRID_COLUMNS[0] in row:
         found = {label: (row["us"], row.get("spread", 0.0))}
     elif "attention_us" in row:

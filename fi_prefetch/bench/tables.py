@@ -60,6 +60,7 @@ def kind_of(result: dict[str, Any]) -> str:
         ("layer", "attention_us"),
         ("window", "window_us"),
         ("map", "part"),
+        ("profile", "counters"),
         ("prefetch", "levers"),
         ("sglang", "ms_per_step"),
         ("tuning", report.GRID_COLUMNS[0]),
@@ -263,6 +264,19 @@ def paper(result: dict[str, Any]) -> Table:
     return Table("The paper's kernel", TABLE_COLUMNS, table_rows(result), words=2)
 
 
+def profile(result: dict[str, Any]) -> Table:
+    """Hardware counters, a line a call."""
+    from .profile import COLUMNS
+
+    lines = [
+        (heads(row), batch(row), name, *("-" if (x := found[c.name]) is None else f"{x:,.1f}" for c in COLUMNS))
+        for row in result["rows"]
+        for name, found in row["counters"].items()
+    ]
+    columns = ("heads", "batch", "kernel", *(column.label for column in COLUMNS))
+    return Table("Hardware counters of one call, KV cold in L2", columns, lines, words=3)
+
+
 def gains(result: dict[str, Any], part: str) -> Table:
     """The map in numbers, of one kernel: what each prefetch gains."""
     from .paper import GAIN_COLUMNS, distances, gain_rows
@@ -299,6 +313,7 @@ VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "gains-paper": functools.partial(gains, part="residency"),
     "gains-ours": functools.partial(gains, part="ours"),
     "paper": paper,
+    "profile": profile,
     "evidence": evidence,
 }
 OF_KIND = {
@@ -311,6 +326,7 @@ OF_KIND = {
     "sglang": ("sglang",),
     "sglang_correctness": ("answers",),
     "map": ("gains-paper", "gains-ours", "paper"),
+    "profile": ("profile",),
 }
 
 

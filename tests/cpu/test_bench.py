@@ -883,36 +883,56 @@ def test_every_policy_of_the_prefetch_rows_has_its_levers_alone() -> None:
 # ---- parsers -------------------------------------------------------------------------------------------------------
 
 
+NCU = (
+    "==PROF== Connected to process 1\n"
+    '"ID","Process ID","Kernel Name","gpu__time_duration.sum","l1tex__t_sector_hit_rate.pct",'
+    '"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",'
+    '"smsp__average_warp_latency_per_inst_issued.ratio","dram__bytes_read.sum","lts__t_sector_hit_rate.pct"\n'
+    '"","","","ns","%","inst","inst","byte","%"\n'
+    '"0","1","at::cuda::spin_kernel(long)","2,000","0","0","0","0","0"\n'
+    '"1","1","void fi_prefetch::decode_kernel<x, 1>(y)","12,345","0.5","6","8","33554432","n/a"\n'
+    '"2","1","at::cuda::spin_kernel(long)","2,000","0","0","0","0","0"\n'
+    '"3","1","flash_fwd","30,000","10","1","2","1000000","20"\n'
+    '"4","1","flash_combine","10,000","50","2","2","500000","60"\n'
+)
+
+
 def test_counters_are_read_from_the_profilers_csv() -> None:
-    output = (
-        "==PROF== Connected to process 1\n"
-        '"ID","Process ID","Kernel Name","gpu__time_duration.sum","l1tex__t_sector_hit_rate.pct",'
-        '"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",'
-        '"smsp__average_warp_latency_per_inst_issued.ratio","dram__bytes_read.sum","lts__t_sector_hit_rate.pct"\n'
-        '"","","","ns","%","inst","inst","byte","%"\n'
-        '"0","1","void fi_prefetch::decode_kernel<x, 1>(y)","12,345","0.5","6","8","33554432","n/a"\n'
-    )
-    found = profile.columns(profile.parse(output))
-    assert found["duration"] == pytest.approx(12.345)
-    assert found["long-scoreboard stalls"] == pytest.approx(75.0)
-    assert found["DRAM bytes read"] == pytest.approx(33.554432)
-    assert found["L2 hit rate"] is None and found["compute throughput"] is None
-    lines = {line[0]: line[1:] for line in profile.side_by_side([found, found])}
-    assert lines["duration, us"] == ["12.3", "12.3"]
-    assert lines["L2 hit rate, %"] == ["n/a", "n/a"]
+    ours, fa3 = map(profile.of_call, profile.parse(NCU))
+    assert ours["duration"] == pytest.approx(12.345)
+    assert ours["long-scoreboard stalls"] == pytest.approx(75.0)
+    assert ours["DRAM bytes read"] == pytest.approx(33.554432)
+    assert ours["L2 hit rate"] is None and ours["compute throughput"] is None
+    # Of two kernels: what adds up, and means weighed by 30 and 10 us.
+    assert fa3["duration"] == pytest.approx(40.0) and fa3["DRAM bytes read"] == pytest.approx(1.5)
+    assert fa3["L1 hit rate"] == pytest.approx(20.0) and fa3["L2 hit rate"] == pytest.approx(30.0)
+    assert fa3["long-scoreboard stalls"] == pytest.approx(62.5)
 
 
-@pytest.mark.parametrize("output", ["", "==ERROR== no permission", '"ID","a"\n"","b"\n'])
+@pytest.mark.parametrize(
+    "output", ["", "==ERROR== no permission", '"ID","a"\n"","b"\n', '"ID","Kernel Name"\n"",""\n"0","spin_kernel"\n']
+)
 def test_a_profile_without_a_kernel_is_an_error(output: str) -> None:
     with pytest.raises(profile.ProfileError):
         profile.parse(output)
 
 
 def test_the_profiler_is_asked_for_every_column() -> None:
-    line = profile.command("ncu")
+    line = profile.command("ncu", Path("request"), Path("answer"))
     metrics = line[line.index("--metrics") + 1].split(",")
     assert {column.metric for column in profile.COLUMNS} <= set(metrics)
     assert line[line.index("--clock-control") + 1] == "none"
+    assert line[line.index("--cache-control") + 1] == "all"
+
+
+def test_every_kernel_is_profiled_without_prefetch_and_with() -> None:
+    assert profile.calls_of(("fi_prefetch", "paper", "fa3"), "paper") == [
+        ("fi_prefetch off", "fi_prefetch", "off"),
+        ("fi_prefetch paper", "fi_prefetch", "paper"),
+        ("paper off", "paper", "off"),
+        ("paper on", "paper", "on"),
+        ("fa3", "fa3", "off"),
+    ]
 
 
 def test_compiler_reports_are_read() -> None:
