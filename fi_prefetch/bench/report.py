@@ -132,6 +132,8 @@ class Change:
 
 def row_label(row: Row) -> str:
     """What a row of any kind of file was measured on."""
+    if "step" in row:
+        return str(row["step"])
     if "ms_per_step" in row:
         return f"{row['model']} TP-{row['tp']} {lens_label(step_lens(row))} KV {row['kv_dtype']}"
     shape = Shape.from_row(row)
@@ -160,6 +162,9 @@ def times_of(row: Row) -> dict[str, tuple[float, float]]:
     elif "ms_per_step" in row:
         step = row["ms_per_step"].get("fi_prefetch")
         found = {label: (None if step is None else step * 1e3, 0.0)}
+    elif "step" in row:
+        seconds = row["seconds"].items()
+        found = {f"{label}: {name}": (None if s is None else s * 1e6, 0.0) for name, s in seconds}
     elif "counters" in row:
         durations = {name: found["duration"] for name, found in row["counters"].items() if is_ours(name)}
         found = {f"{label}: {name}": (time, 0.0) for name, time in durations.items()}

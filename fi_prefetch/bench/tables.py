@@ -61,6 +61,7 @@ def kind_of(result: dict[str, Any]) -> str:
         ("window", "window_us"),
         ("map", "part"),
         ("profile", "counters"),
+        ("first_hour", "step"),
         ("prefetch", "levers"),
         ("sglang", "ms_per_step"),
         ("tuning", report.GRID_COLUMNS[0]),
@@ -277,6 +278,17 @@ def profile(result: dict[str, Any]) -> Table:
     return Table("Hardware counters of one call, KV cold in L2", columns, lines, words=3)
 
 
+def first_hour(result: dict[str, Any]) -> Table:
+    """What a new machine takes: with nvcc and an empty cache, and on what was compiled ahead."""
+    lines = [
+        (row["step"], *("-" if (x := row["seconds"][column]) is None else f"{x:.1f}" for column in ("nvcc", "aot")))
+        for row in result["rows"]
+    ]
+    return Table(
+        "The first hour, seconds", ("step", "with nvcc, nothing compiled", "without nvcc, compiled ahead"), lines
+    )
+
+
 def gains(result: dict[str, Any], part: str) -> Table:
     """The map in numbers, of one kernel: what each prefetch gains."""
     from .paper import GAIN_COLUMNS, distances, gain_rows
@@ -314,6 +326,7 @@ VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "gains-ours": functools.partial(gains, part="ours"),
     "paper": paper,
     "profile": profile,
+    "first-hour": first_hour,
     "evidence": evidence,
 }
 OF_KIND = {
@@ -327,6 +340,7 @@ OF_KIND = {
     "sglang_correctness": ("answers",),
     "map": ("gains-paper", "gains-ours", "paper"),
     "profile": ("profile",),
+    "first_hour": ("first-hour",),
 }
 
 
