@@ -44,7 +44,7 @@ class Column:
 
     @property
     def label(self) -> str:
-        return f"{self.name}, {self.unit}" if self.unit else self.name
+        return f"{self.name}, {self.unit}"
 
 
 COLUMNS = (
@@ -57,7 +57,7 @@ COLUMNS = (
     Column("memory throughput", "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed", "%"),
     Column("DRAM throughput", "dram__throughput.avg.pct_of_peak_sustained_elapsed", "%"),
     Column("DRAM bytes read", "dram__bytes_read.sum", "MB", scale=1e-6, summed=True),
-    Column("L2 sectors read", "lts__t_sectors_op_read.sum", "", summed=True),
+    Column("L2 sectors read", "lts__t_sectors_op_read.sum", "million", scale=1e-6, summed=True),
 )
 
 
