@@ -541,8 +541,8 @@ def bench(kind: str, **options: Any) -> None:
     """Measure, and write a result file.
 
     KIND is grid (every shape on every kernel), prefetch (every lever), layer (attention in a model's layer), window
-    (the prefetch beside an all-reduce), map (run-ahead over bytes in flight, in the paper's kernel and in ours) or
-    plan_time (host time of planning).
+    (the prefetch beside an all-reduce), map (run-ahead over bytes in flight, in the paper's kernel, FlashInfer's and
+    ours) or plan_time (host time of planning).
     """
     from .bench import report
     from .prefetch import PrefetchPolicy

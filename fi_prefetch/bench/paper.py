@@ -1,12 +1,13 @@
 """What run-ahead gains over bytes in flight: the map; benchmarks/results/<gpu>/map.json.
 
-Two kernels, each on the whole GPU and on a slice of it with about the SMs of the paper's H20 (78), cut with a green
+Three kernels, each on the whole GPU and on a slice of it with about the SMs of the paper's H20 (78), cut with a green
 context. The paper's (csrc/xformers_decode.cuh) is paged attention that loads KV into registers, one thread block to a
 query head of a sequence, and can ask for its next KV block to be brought into L2 meanwhile. Ours is measured on smaller
-grids than it launches, down to one warp an SM, which keeps as little in flight. A row of the result file:
+grids than it launches, down to one warp an SM, which keeps as little in flight. FlashInfer's CUDA-core kernel is given
+a prefetch (flashinfer_run_ahead.py). A row of the result file:
 
     part             "residency": the paper's kernel with fewer thread blocks an SM than would fit; "ours": our kernel
-                     by grid; "table": the paper's kernel over the paper's batches and lengths
+                     by grid; "flashinfer": FlashInfer's; "table": the paper's kernel over its batches and lengths
     heads_q, heads_kv, head_dim, page_size, kv_lens, q_dtype, kv_dtype, kv_bytes
                      the shape; each query head reads its kv head's KV, kv_bytes counts it once
     sms              SMs of the slice; null: the whole GPU
@@ -14,13 +15,14 @@ grids than it launches, down to one warp an SM, which keeps as little in flight.
     most_resident    of the paper's kernel: thread blocks an SM may hold; 0: as many as fit
     warps_per_block, blocks_per_sm
                      of ours: its grid
+    pad              of FlashInfer's: shared memory that a block takes for nothing, so that fewer fit
     resident         thread blocks an SM held: what may be and fits, or what there were; null without a slice
     bytes_in_flight  KV bytes that an SM waited for at a time, at most, without prefetch; null without a slice
     floor_us         kv_bytes at the read ceiling of the whole GPU
     us               time of a call without prefetch ("off", and "off_again" after the others), and with one that many
-                     iterations ahead: "bulk_1" is the paper's, "lines_1" has line prefetches in its place; of ours
-                     "run_ahead_1" is the policy `paper`; in the table's rows of the whole GPU also that of other
-                     kernels on as much KV; null where there is none
+                     iterations (of ours: tiles) ahead: "bulk_1" is the paper's, "lines_1" has line prefetches in its
+                     place; "run_ahead_1" is the one after the pipeline's last, in ours the policy `paper`; in the
+                     table's rows of the whole GPU also that of other kernels on as much KV; null where there is none
     spread, missing  of each of `us`: (90th - 10th percentile) / median; why it is null
 """
 
@@ -39,8 +41,10 @@ from fi_prefetch import device, jit, reference, tune
 from fi_prefetch.prefetch import WELL_FED_BYTES_PER_SM, PrefetchPolicy
 from fi_prefetch.tune import Grid, Rule
 
+from . import flashinfer_run_ahead
 from .baselines import BASELINES, Call, Unsupported, prepare_ours
 from .explain import HOPPER_SM_COUNT
+from .flashinfer_run_ahead import PADS
 from .grid import verified_timing
 from .inputs import DecodeInputs, relative_error
 from .report import NOISE, Row, microseconds
@@ -76,13 +80,16 @@ RESIDENCY_VARIANTS = {
 }
 # Name in the file -> tiles ahead.
 OUR_VARIANTS = {"off": 0, "run_ahead_1": 1, "run_ahead_2": 2, "run_ahead_4": 4, "off_again": 0}
+# Iterations of a block ahead.
+FLASHINFER_VARIANTS = {"off": 0, "run_ahead_1": 1, "run_ahead_4": 4, "off_again": 0}
 VARIANTS: dict[str, list[str]] = {
     "residency": list(RESIDENCY_VARIANTS),
     "table": list(TABLE_VARIANTS),
     "ours": list(OUR_VARIANTS),
+    "flashinfer": list(FLASHINFER_VARIANTS),
 }
 # The paper's prefetch, by part.
-PAPERS = {"residency": "bulk_1", "table": "bulk_1", "ours": "run_ahead_1"}
+PAPERS = {"residency": "bulk_1", "table": "bulk_1", "ours": "run_ahead_1", "flashinfer": "run_ahead_1"}
 BESIDE = ("fi_prefetch", "flashinfer_fa2", "fa3")
 
 
@@ -309,9 +316,20 @@ def specs() -> list[dict[str, Any]]:
     ]
     places = (None, SLICE_SMS)
     return [
-        *(_spec("residency", shape, sms, most) for shape in few for sms in places for most in _residencies(shape, sms)),
-        *(_spec("ours", shape, sms, None, *grid) for shape in few for sms in places for grid in OUR_GRIDS),
-        *(_spec("table", shape, sms, 0) for shape in many for sms in places),
+        *(
+            _spec("residency", shape, sms, most_resident=most)
+            for shape in few
+            for sms in places
+            for most in _residencies(shape, sms)
+        ),
+        *(
+            _spec("ours", shape, sms, warps_per_block=warps, blocks_per_sm=blocks)
+            for shape in few
+            for sms in places
+            for warps, blocks in OUR_GRIDS
+        ),
+        *(_spec("flashinfer", shape, sms, pad=pad) for shape in few for sms in places for pad in PADS),
+        *(_spec("table", shape, sms, most_resident=0) for shape in many for sms in places),
     ]
 
 
@@ -321,19 +339,10 @@ def _residencies(shape: Shape, sms: int | None) -> list[int]:
     return [*(most for most in RESIDENCIES if most < given), 0]
 
 
-def _spec(
-    part: str, shape: Shape, sms: int | None, most_resident: int | None, warps: int | None = None,
-    blocks_per_sm: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def _spec(part: str, shape: Shape, sms: int | None, **columns: int) -> dict[str, Any]:
     """All rows of a file have the same columns, by which `--resume` tells them apart."""
-    return {
-        "part": part,
-        **shape.to_row(),
-        "sms": sms,
-        "most_resident": most_resident,
-        "warps_per_block": warps,
-        "blocks_per_sm": blocks_per_sm,
-    }
+    knobs: dict[str, int | None] = dict.fromkeys(("most_resident", "warps_per_block", "blocks_per_sm", "pad"))
+    return {"part": part, **shape.to_row(), "sms": sms, **knobs, **columns}
 
 
 def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -367,6 +376,10 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
     if spec["part"] == "ours":
         for name, tiles in OUR_VARIANTS.items():
             record(name, functools.partial(_time_ours, row, inputs, stream, context.facts, tiles))
+        return row
+    if spec["part"] == "flashinfer":
+        for name, iterations in FLASHINFER_VARIANTS.items():
+            record(name, functools.partial(_time_flashinfers, row, inputs, stream, context.facts.sm_count, iterations))
         return row
     most_resident = spec["most_resident"]
     fitting = module().residency(inputs.q, max(shape.lengths), PREFETCHES["off"], most_resident)
@@ -416,6 +429,24 @@ def _time_ours(
         call(0)
         check_error(inputs.error(inputs.out))
         return time_on(stream, call, inputs.copies)
+
+
+def _time_flashinfers(
+    row: dict[str, Any], inputs: DecodeInputs, stream: torch.cuda.Stream, sm_count: int, iterations: int
+) -> Timing:
+    """FlashInfer's kernel, with prefetch so many iterations ahead. Fills in what the row says of its launch.
+
+    Its plan is for the whole GPU wherever it runs: on a slice the same blocks come in more than one wave.
+    """
+    shape, pad = inputs.shape, row["pad"]
+    fitting = flashinfer_run_ahead.fitting(shape.heads_q, shape.heads_kv, pad, sm_count)
+    blocks, call = flashinfer_run_ahead.prepare(inputs, pad, iterations)
+    row["resident"] = min(fitting, -(-blocks // row["sms_used"]))
+    row["bytes_in_flight"] = flashinfer_run_ahead.bytes_in_flight(shape, row["resident"])
+    inputs.out.fill_(float("nan"))
+    call(0)
+    check_error(inputs.error(inputs.out))
+    return time_on(stream, call, inputs.copies)
 
 
 def _place(sms: int | None, sm_count: int) -> tuple[torch.cuda.Stream, int]:
@@ -478,7 +509,12 @@ def _residents(row: Row) -> str:
     return f"{row['resident']} block{'s' * (row['resident'] != 1)}"
 
 
-KERNEL_NAMES = {"residency": "the paper's kernel", "table": "the paper's kernel, as many blocks as fit", "ours": "ours"}
+KERNEL_NAMES = {
+    "residency": "the paper's kernel",
+    "table": "the paper's kernel, as many blocks as fit",
+    "ours": "ours",
+    "flashinfer": "FlashInfer's kernel",
+}
 
 
 def reading(result: dict[str, Any]) -> list[str]:
@@ -490,7 +526,11 @@ def reading(result: dict[str, Any]) -> list[str]:
             gains = [(value, row) for row in rows if (value := gain(row)) is not None]
             if gains:
                 found.append(f"{name} on {sms} SMs: {_pays(gains)}")
-    papers = [(value, row) for row in result["rows"] if row["part"] != "ours" and (value := gain(row)) is not None]
+    papers = [
+        (value, row)
+        for row in result["rows"]
+        if row["part"] in ("residency", "table") and (value := gain(row)) is not None
+    ]
     if papers:
         most, row = max(papers, key=lambda pair: pair[0])
         reached = "is reached" if most >= 2.15 else "is nowhere reached"

@@ -18,7 +18,7 @@ NOISE = 0.02
 # What tells a row of `fi-prefetch tune` from others, and from its neighbours: the fields of tune.Grid.
 GRID_COLUMNS = ("warps", "blocks_per_sm", "min_tiles_per_warp")
 # What tells rows of one shape apart in other kinds of files.
-ROW_COLUMNS = ("tensor_parallel", "window_us", "part", "sms", "most_resident", "warps_per_block")
+ROW_COLUMNS = ("tensor_parallel", "window_us", "part", "sms", "most_resident", "warps_per_block", "pad")
 
 
 @dataclass(frozen=True)
@@ -266,13 +266,17 @@ def _plot_steps(result: dict[str, Any], path: Path) -> Path:
 
 
 def _plot_map(result: dict[str, Any], path: Path) -> Path:
-    """What the paper's prefetch gains the paper's kernel, and run-ahead ours, over the bytes that an SM waits for."""
+    """What the paper's prefetch gains each of three kernels, over the bytes that an SM waits for without it."""
     from matplotlib import pyplot, ticker
 
     from .paper import gain
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
-    titles = {("residency", "table"): "the paper's kernel and prefetch", ("ours",): "ours, run-ahead by one tile"}
+    figure, panels = pyplot.subplots(1, 3, figsize=(16, 5), sharey=True)
+    titles = {
+        ("residency", "table"): "the paper's kernel and prefetch",
+        ("ours",): "ours, run-ahead by one tile",
+        ("flashinfer",): "FlashInfer's CUDA-core kernel, by one iteration",
+    }
     for axes, (parts, title) in zip(panels, titles.items(), strict=True):
         for sms, marker in zip(sorted({row["sms_used"] for row in result["rows"]} - {None}), "ox", strict=False):
             rows = [row for row in result["rows"] if row["sms_used"] == sms and row["part"] in parts]

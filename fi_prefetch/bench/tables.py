@@ -291,10 +291,9 @@ def first_hour(result: dict[str, Any]) -> Table:
 
 def gains(result: dict[str, Any], part: str) -> Table:
     """The map in numbers, of one kernel: what each prefetch gains."""
-    from .paper import GAIN_COLUMNS, distances, gain_rows
+    from .paper import GAIN_COLUMNS, KERNEL_NAMES, distances, gain_rows
 
-    kernel = {"residency": "the paper's kernel", "ours": "ours, by grid"}[part]
-    title = f"Gain of prefetching over bytes in flight: {kernel}"
+    title = f"Gain of prefetching over bytes in flight: {KERNEL_NAMES[part]}"
     return Table(title, (*GAIN_COLUMNS, *distances(part)), gain_rows(result, part), words=2)
 
 
@@ -324,6 +323,7 @@ VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "answers": answers,
     "gains-paper": functools.partial(gains, part="residency"),
     "gains-ours": functools.partial(gains, part="ours"),
+    "gains-flashinfer": functools.partial(gains, part="flashinfer"),
     "paper": paper,
     "profile": profile,
     "first-hour": first_hour,
@@ -338,7 +338,7 @@ OF_KIND = {
     "tuning": ("tuning",),
     "sglang": ("sglang",),
     "sglang_correctness": ("answers",),
-    "map": ("gains-paper", "gains-ours", "paper"),
+    "map": ("gains-paper", "gains-ours", "gains-flashinfer", "paper"),
     "profile": ("profile",),
     "first_hour": ("first-hour",),
 }

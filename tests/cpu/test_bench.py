@@ -20,6 +20,7 @@ from fi_prefetch.bench import (
     demo,
     estimate,
     explain,
+    flashinfer_run_ahead,
     layer,
     paper,
     profile,
@@ -701,9 +702,10 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
 
 def map_row(part: str, sms: int, flight: int | None, gain: float | None, lens: str = "16x2K") -> dict[str, Any]:
     """A row of a map on which the paper's prefetch gains so much."""
-    ours, on = part == "ours", paper.PAPERS[part]
+    on = paper.PAPERS[part]
+    knobs = {"warps_per_block": 1, "blocks_per_sm": 1} if part == "ours" else {"most_resident": 0}
     return {
-        **paper._spec(part, Shape(32, 8, 16, parse_lens(lens)), sms, None if ours else 0, *((1, 1) if ours else ())),
+        **paper._spec(part, Shape(32, 8, 16, parse_lens(lens)), sms, **knobs),
         "sms_used": None if flight is None else sms,
         "resident": None if flight is None else 4,
         "bytes_in_flight": flight,
@@ -722,10 +724,11 @@ def test_a_map_is_drawn_and_gives_its_tables(tmp_path: Path) -> None:
         map_row("residency", 132, 16384, 1.5),
         map_row("residency", 80, None, None),
         map_row("ours", 132, 24576, 0.8),
+        map_row("flashinfer", 132, 32768, 1.1),
     ]
     result = {**HEADER, "rows": rows}
     assert tables.kind_of(result) == "map"
-    papers, ours, table = tables.tables(result)
+    papers, ours, theirs, table = tables.tables(result)
     assert [row[3:6] for row in table.rows] == [["20.0", "16.0", "1.25x"]] * 2 + [["-", "-", "-"]]
     assert [list(row) for row in papers.rows] == [
         ["32/8", "16x2K", "132", "4 blocks", "16", "20.0", "50%", "1.50x", "-", "-", "-"]
@@ -733,7 +736,8 @@ def test_a_map_is_drawn_and_gives_its_tables(tmp_path: Path) -> None:
     assert [list(row) for row in ours.rows] == [
         ["32/8", "16x2K", "132", "1 x 1 warp", "24", "20.0", "50%", "0.80x", "-", "-"]
     ]
-    for found in (papers, ours, table):
+    assert [row[3:5] for row in theirs.rows] == [["4 blocks", "32"]]
+    for found in (papers, ours, theirs, table):
         assert {len(row) for row in found.rows} == {len(found.columns)}
     [picture] = report.plot(result, tmp_path)
     assert report.digest(result).encode() in picture.read_bytes()
@@ -769,11 +773,45 @@ def test_a_maps_rows_have_the_same_columns_and_what_tells_most_comes_first() -> 
     assert {tuple(spec) for spec in specs} == {tuple(specs[0])}
     assert len({runner.spec_key(spec) for spec in specs}) == len(specs)
     parts = [spec["part"] for spec in specs]
-    assert parts == sorted(parts, key=["residency", "ours", "table"].index)
+    assert parts == sorted(parts, key=["residency", "ours", "flashinfer", "table"].index)
     small = Shape(8, 1, 16, parse_lens("16x2K")).kv_bytes
     held_back = [spec["most_resident"] for spec in specs if (spec["part"], spec["kv_bytes"]) == ("residency", small)]
     # 16 requests of 8 heads are not even a block for each of 132 SMs, and up to two for each of 80.
     assert held_back == [0, 1, 0]
+
+
+def test_flashinfers_kernel_has_two_stages_of_a_blocks_rows_in_flight() -> None:
+    """Of 128 threads sixteen share a row of 256 bytes; with one query head a kv head each brings four rows' chunks."""
+    grouped, single = Shape(32, 8, 16, parse_lens("16x2K")), Shape(32, 32, 16, parse_lens("16x2K"))
+    assert flashinfer_run_ahead.bytes_in_flight(grouped, 4) == 4 * 2 * (128 // 16) * 2 * 256
+    assert flashinfer_run_ahead.bytes_in_flight(single, 4) == 4 * 2 * (128 // 16 * 4) * 2 * 256
+
+
+def test_flashinfers_kernel_on_the_map_is_asked_for_rows_beyond_its_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Wrapper:
+        _plan_info = [33]
+
+        def plan(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def run(self, q: Any, cache: Any, *arguments: Any, out: Any) -> None:
+            calls.append(arguments)
+
+    monkeypatch.setattr(flashinfer_run_ahead, "wrapper", lambda pad: Wrapper())
+    shape = Shape(32, 8, 16, parse_lens("2x64"))
+    pool = KvPool(2 * shape.allocated_bytes, torch.bfloat16, torch.device("cpu"))
+    inputs = DecodeInputs(shape, pool, 0, copies=1)
+    for iterations in (0, 1, 4):
+        blocks, call = flashinfer_run_ahead.prepare(inputs, 0, iterations)
+        assert blocks == 33 * 8
+        call(0)
+    assert calls == [(128**-0.5, distance) for distance in (0, (2 + 1) * 8, (2 + 4) * 8)]
+    other = Shape(32, 8, 16, parse_lens("2x64"), kv_dtype="float8_e4m3fn")
+    pool = KvPool(2 * other.allocated_bytes, torch.float8_e4m3fn, torch.device("cpu"))
+    with pytest.raises(Unsupported):
+        flashinfer_run_ahead.prepare(DecodeInputs(other, pool, 0, copies=1), 0, 1)
 
 
 def test_ours_on_the_map_runs_the_rows_grid_on_the_slice(monkeypatch: pytest.MonkeyPatch) -> None:
