@@ -109,28 +109,30 @@ def main(wheel: Path, output: Path) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         scratch, site, kernels = Path(folder), Path(folder, "site"), Path(folder, "kernels")
+        start = time.monotonic()
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
         step("install the wheel", "nvcc", lambda: subprocess.run([*install, str(wheel.resolve())], check=True))
         machine = Machine(site, scratch / "nvcc")
         header = json.loads(machine.python("-c", HEADER))
 
-        def everything(machine: Machine, column: str) -> None:
+        def everything(machine: Machine, column: str, start: float) -> None:
             step("import the wrapper", column, lambda: machine.python("-c", IMPORT))
             step("fi-prefetch info", column, lambda: machine.python(*MAIN, "info"))
             for name, plan in (("the first decode", "compiling and loading the kernel"), ("the second", "loading it")):
                 loading = step(f"{name}, whole process", column, lambda: machine.python("-c", DECODE))
                 note(f"{name}: {plan}", column, json.loads(loading))
             step("fi-prefetch demo", column, lambda: machine.python(*MAIN, "demo"))
+            note("all of it", column, time.monotonic() - start)
 
         def build() -> None:
             arch = [] if header["gpu"] else ["--arch", "9.0a"]
             for name in (BF16, E4M3):
                 machine.python(*MAIN, "build", *arch, "--only", name, "--aot", str(kernels))
 
-        everything(machine, "nvcc")
+        everything(machine, "nvcc", start)
         step("fi-prefetch build --aot, two kernels and what measures", "nvcc", build)
         bare = without_nvcc(site, scratch / "aot", kernels)
-        everything(bare, "aot")
+        everything(bare, "aot", time.monotonic())
         compiled = sorted(path.name for path in bare.cache.rglob("*.so") if path.parent.name != "fi_prefetch_no_driver")
     if compiled:
         raise SystemExit(f"without nvcc these were compiled all the same: {', '.join(compiled)}")

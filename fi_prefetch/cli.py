@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, evidence
+from .bench.shapes import MODELS
 
 # What a pipe or a log has no width for is not cut to a terminal's eighty columns.
 LOG_WIDTH = 200
@@ -491,8 +492,6 @@ def _named_shapes(options: dict[str, Any]) -> tuple[list[Any], bool]:
 
 def find_model(name: str, ranks: int) -> Any:
     """A model's slice, or an error that names the models there are."""
-    from .bench.shapes import MODELS
-
     if name not in MODELS:
         raise click.ClickException(f"no model {name!r}; there are {', '.join(MODELS)}")
     with one_line(ValueError):
@@ -605,13 +604,14 @@ def _run_job(job: Any, output: Path, resume: bool) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .bench import runner
+    from .bench.report import row_label
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(job.kind, total=len(job.specs))
 
         def progress(event: dict[str, Any]) -> None:
-            label = _row_label(job.specs[event["row"]]) if isinstance(event.get("row"), int) else ""
+            label = row_label(job.specs[event["row"]]) if isinstance(event.get("row"), int) else ""
             if event["event"] == "kernel_started" and event["name"]:
                 bar.update(task, description=f"{label}: {event['name']}")
             elif event["event"] in ("row", "row_failed"):
@@ -625,13 +625,6 @@ def _run_job(job: Any, output: Path, resume: bool) -> dict[str, Any]:
 
         with one_line(runner.JobError, OSError):
             return runner.run(job, output, resume, progress)
-
-
-def _row_label(spec: dict[str, Any]) -> str:
-    from .bench.shapes import Shape
-
-    extra = f" window {spec['window_us']} us" if "window_us" in spec else ""
-    return f"{spec.get('model', '')} {Shape.from_row(spec).label}{extra}".strip()
 
 
 def _print_result(content: dict[str, Any]) -> None:
@@ -883,7 +876,7 @@ def profile(
         raise click.ClickException("no call was profiled")
 
 
-@main.command()
+@main.command(epilog=f"MODEL is one of {', '.join(MODELS)}.")
 @click.argument("model")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
