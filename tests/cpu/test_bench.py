@@ -780,6 +780,72 @@ def test_a_maps_rows_have_the_same_columns_and_what_tells_most_comes_first() -> 
     assert held_back == [0, 1, 0]
 
 
+class MapContext:
+    """What measuring a row of the map asks of a worker, on the CPU."""
+
+    facts = explain.named_gpu("h200")
+    floor_us = staticmethod(lambda kv_bytes: 1.0)
+
+    def pool(self, kv_dtype: str) -> KvPool:
+        return KvPool(1 << 24, getattr(torch, kv_dtype), torch.device("cpu"))
+
+    def attempt(self, name: str, action: Callable[[], Any]) -> tuple[Any, str | None]:
+        try:
+            return action(), None
+        except Unsupported as error:
+            return None, str(error)
+
+
+@pytest.mark.parametrize("part", paper.VARIANTS)
+@pytest.mark.parametrize("sms", [None, 80])
+def test_a_row_of_every_part_of_the_map(part: str, sms: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that take 10 us, and 10 more for each step that they prefetch ahead."""
+    shape = Shape(32, 8, 16, parse_lens("2x64"))
+    knobs = {
+        "residency": {"most_resident": 3},
+        "table": {"most_resident": 0},
+        "ours": {"warps_per_block": 2, "blocks_per_sm": 1},
+        "flashinfer": {"pad": 0},
+    }[part]
+    asked: list[int] = []
+
+    def ours(inputs: DecodeInputs, policy: PrefetchPolicy) -> tuple[Any, Callable[[int], None]]:
+        here = device.facts(torch.device("cuda"))
+        grid = tune.grid_for(tune.rules_for(here.key), None)
+        launch = LaunchFacts(
+            here.sm_count * grid.blocks_per_sm, grid.warps, 3, 8192, None, here.l2_bytes, here.sm_count
+        )
+        plan = resolve(policy, launch, pdl=True)
+        return SimpleNamespace(prefetch_plan=plan), lambda i: asked.append(plan.run_ahead)
+
+    def theirs(inputs: DecodeInputs, pad: int, iterations: int) -> tuple[int, Callable[[int], None]]:
+        return 400, lambda i: asked.append(iterations)
+
+    def papers(inputs: DecodeInputs, prefetch: str, distance: int, most: int) -> Callable[[int], None]:
+        assert most == knobs["most_resident"]
+        return lambda i: asked.append(0 if prefetch == "off" else distance)
+
+    monkeypatch.setattr(paper, "prepare_ours", ours)
+    monkeypatch.setattr(paper, "prepare", papers)
+    monkeypatch.setattr(flashinfer_run_ahead, "prepare", theirs)
+    monkeypatch.setattr(flashinfer_run_ahead, "fitting", lambda *_: 4)
+    monkeypatch.setattr(paper, "module", lambda: SimpleNamespace(residency=lambda *_: 3))
+    monkeypatch.setattr(paper, "_place", lambda sms, sm_count: (None, sms or sm_count))
+    monkeypatch.setattr(paper, "_beside", lambda name, inputs: Timing(7.0, 0.0))
+    monkeypatch.setattr(paper, "check_error", lambda error: error)
+    monkeypatch.setattr(paper, "time_on", lambda stream, call, copies: Timing(10.0 * (1 + asked[-1]), 0.1))
+    row = paper.measure(paper._spec(part, shape, sms, **knobs), MapContext())
+    distances = [0 if name.startswith("off") else int(name.rpartition("_")[2]) for name in paper.VARIANTS[part]]
+    measured = [row["us"][name] for name in paper.VARIANTS[part]]
+    assert measured == [10.0 * (1 + distance) for distance in distances] and not row["missing"]
+    beside = set(row["us"]) - set(paper.VARIANTS[part])
+    assert beside == (set(paper.BESIDE) if (part, sms) == ("table", None) else set())
+    blocks = {"residency": 1, "table": 1, "ours": 1, "flashinfer": 4}[part]  # 64 blocks are one an SM at most
+    ring = {"ours": 2 * 3 * 8192, "flashinfer": 4 * 8192}.get(part, 4 * 16 * 256)
+    assert (row["sms_used"], row["resident"], row["bytes_in_flight"]) == (sms or 132, blocks, ring)
+    assert paper.gain(row) == pytest.approx(0.5)
+
+
 def test_flashinfers_kernel_has_two_stages_of_a_blocks_rows_in_flight() -> None:
     """Of 128 threads sixteen share a row of 256 bytes; with one query head a kv head each brings four rows' chunks."""
     grouped, single = Shape(32, 8, 16, parse_lens("16x2K")), Shape(32, 32, 16, parse_lens("16x2K"))
