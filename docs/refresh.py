@@ -1,7 +1,8 @@
 """Makes what the documents show from what it shows: `make refresh`.
 
 - In README.md and docs/*.md, the table after every `<!-- measured: FILE VIEW -->`, from that result file
-  (the views are those of fi_prefetch/bench/tables.py).
+  (the views are those of fi_prefetch/bench/tables.py), and all between `<!-- on every GPU: STEM -->` and
+  `<!-- end -->`, from every result file of that name, or that there is none.
 - docs/performance.md, whole: a section for every GPU under benchmarks/results/, with plots in docs/pictures/.
 - docs/pictures/screens/: what commands print, as pictures.
 - docs/pictures/*.svg: how the kernel works, drawn from the schedule's own arithmetic where there is one.
@@ -18,10 +19,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fi_prefetch.bench import report, tables
+from fi_prefetch.bench import paper, report, tables
 from fi_prefetch.cli import DRAWN_KINDS
 from fi_prefetch.schedule import Schedule
 
@@ -32,6 +34,7 @@ SCREENS = PICTURES / "screens"
 RESULTS = ROOT / "benchmarks" / "results"
 PERFORMANCE = DOCS / "performance.md"
 
+MARKED_STRETCH = re.compile(r"^<!-- on every GPU: (\w+) -->\n.*?^<!-- end -->\n", re.MULTILINE | re.DOTALL)
 MARKED_TABLE = re.compile(r"^<!-- measured: (\S+) (\S+) -->\n\n(?:\|.*\n)*", re.MULTILINE)
 
 
@@ -54,8 +57,43 @@ def marked(path: str, view: str) -> str:
 
 
 def with_tables(text: str) -> str:
-    """A document with the tables after its marks as the result files have them now."""
-    return MARKED_TABLE.sub(lambda match: marked(match[1], match[2]), text)
+    """A document with what its marks ask for as the result files have it now."""
+    text = MARKED_TABLE.sub(lambda match: marked(match[1], match[2]), text)
+    return MARKED_STRETCH.sub(lambda match: f"<!-- on every GPU: {match[1]} -->\n\n{on_every_gpu(match[1])}", text)
+
+
+def on_every_gpu(stem: str) -> str:
+    """What the result files of one name say, GPU by GPU."""
+    command, show = STRETCHES[stem]
+    parts = []
+    for folder in gpu_folders():
+        path = folder / f"{stem}.json"
+        if path.exists():
+            result = load(path)
+            origin = f"{path.relative_to(ROOT).as_posix()}`, commit `{(result['commit'] or 'unknown')[:12]}`"
+            stopped = "" if result["complete"] else ", stopped before its end"
+            parts.append(f"On an {result['gpu']} (`{origin}{stopped}):\n\n{show(folder, result)}\n")
+    return ("".join(parts) or f"This has not been measured yet (`{command}`).\n\n") + "<!-- end -->\n"
+
+
+def shown_map(folder: Path, result: dict[str, Any]) -> str:
+    """A map's plot, and what it says in words."""
+    plot = PICTURES / folder.name / "map" / "gain_over_bytes_in_flight.png"
+    sentences = (f"- {sentence[0].upper()}{sentence[1:]}.\n" for sentence in paper.reading(result))
+    return f"![gain over bytes in flight]({plot.relative_to(DOCS).as_posix()})\n\n{''.join(sentences)}"
+
+
+def shown_table(view: str) -> Callable[[Path, dict[str, Any]], str]:
+    """A view's table."""
+    return lambda folder, result: tables.VIEWS[view](result).markdown()
+
+
+# By the result files' name: the command that measures it, and what is shown of one.
+STRETCHES: dict[str, tuple[str, Callable[[Path, dict[str, Any]], str]]] = {
+    "map": ("fi-prefetch bench map", shown_map),
+    "profile": ("fi-prefetch profile --output FILE", shown_table("profile")),
+    "first_hour": ("python benchmarks/first_hour.py WHEEL OUTPUT", shown_table("first-hour")),
+}
 
 
 def gpu_folders() -> list[Path]:
@@ -132,6 +170,7 @@ STEADY_SCREENS = {
     "explain": "explain llama-3-70b --tp 8 --context 1x64K+31x4K --gpu h100",
     "estimate": "bench --estimate h200 --model llama-3-8b --batch 1,8,64 --context 2K,8K",
     "report": "report benchmarks/results/h100/layer.json",
+    "compare": "compare benchmarks/results/h100/sglang.json benchmarks/results/h200/sglang.json",
 }
 OTHER_SCREENS = {
     "info": "info",

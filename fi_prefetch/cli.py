@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -21,14 +22,21 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, evidence
+from .bench.shapes import MODELS
 
+# What a pipe or a log has no width for is not cut to a terminal's eighty columns.
+LOG_WIDTH = 200
 # Square brackets in a path, a reason or a compiler's words are no markup.
-console = Console(markup=False, emoji=False)
+console = Console(
+    markup=False, emoji=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+)
 
 BENCH_KINDS = ("grid", "prefetch", "layer", "window", "map", "plan_time")
 DRAWN_KINDS = ("grid", "map", "sglang")
 # The baselines of bench/baselines.py; named here so that `--help` need not import FlashInfer.
 BASELINE_NAMES = ("flashinfer_cuda_core", "flashinfer_fa2", "flashinfer_fa3", "flashinfer_xqa", "fa3")
+# Those of bench/profile.py, which needs FlashInfer as well.
+PROFILED_KERNELS = ("fi_prefetch", "paper", "fa3")
 # Those that are worth a place in a layer: the others are slower everywhere.
 LAYER_BASELINES = ("flashinfer_fa2", "fa3")
 
@@ -92,6 +100,16 @@ def main() -> None:
     """Batch decode with KV-cache prefetching, as a drop-in for FlashInfer's wrapper."""
 
 
+def levers_on(plan: Any) -> list[str]:
+    """The levers that a PrefetchPlan turns on, in a word or two each."""
+    distances = {"prologue": plan.prologue, "run-ahead": plan.run_ahead}
+    switches = {"early load": plan.early_load, "streaming hint": plan.streaming_hint}
+    return [
+        *(f"{name} {tiles}" for name, tiles in distances.items() if tiles),
+        *(n for n, on in switches.items() if on),
+    ]
+
+
 # ---- info ----------------------------------------------------------------------------------------------------------
 
 
@@ -111,13 +129,20 @@ def info(as_json: bool) -> None:
 
     found = facts(torch.device("cuda")) if has_gpu() else None
     facts_used = found or named_gpu("h200")
-    choices = []
+    choices: list[dict[str, Any]] = []
     for shape in small_grid():
         with one_line(ValueError):  # the environment's policy, or a file of tuned grids
             explained = explain(shape, facts_used, PrefetchPolicy.of(None), "nothing")
-        levers = "" if explained.levers is None else explained.levers.reason
-        choice = explained.choice
-        choices.append({"shape": shape.label, "kernel": choice.kernel, "reason": choice.reason, "levers": levers})
+        levers = explained.levers
+        choices.append(
+            {
+                "shape": shape.label,
+                "kernel": explained.choice.kernel,
+                "reason": explained.choice.reason,
+                "levers": "" if levers is None else levers.reason,
+                "levers_on": [] if levers is None else levers_on(levers),
+            }
+        )
     current = f"fi_prefetch_batch_decode_*_{sources_hash()}*/*.so"
     compiled = sorted(path.stem for path in env.FLASHINFER_JIT_DIR.glob(current))
     report: dict[str, Any] = {
@@ -147,10 +172,10 @@ def info(as_json: bool) -> None:
     ]
     console.print(table_of("fi_prefetch", ("", "value"), lines))
     suffix = "" if found is not None else " (no GPU here: as on this one)"
-    rows = [(c["shape"], c["kernel"], c["levers"] or c["reason"]) for c in choices]
-    choice_table = table_of(f"What would be chosen on {facts_used.name}{suffix}", ("shape", "kernel", "why"), rows)
-    choice_table.columns[2].justify = "left"
-    console.print(choice_table)
+    rows = [(c["shape"], c["kernel"], ", ".join(c["levers_on"]) if c["levers"] else c["reason"]) for c in choices]
+    title = f"What would be chosen on {facts_used.name}{suffix}"
+    console.print(table_of(title, ("shape", "kernel", "levers that are on"), rows, words=3))
+    console.print("Why: `fi-prefetch explain MODEL`, or --json.")
 
 
 # ---- build ---------------------------------------------------------------------------------------------------------
@@ -181,13 +206,15 @@ def check_architectures(_: click.Context, __: click.Parameter, values: tuple[str
 @click.option(
     "--aot",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Copy the libraries into this folder too; with FI_PREFETCH_AOT_DIR they serve where there is no nvcc.",
+    help="Copy the libraries into this folder too, and the kernels that demo, bench and tune measure with; with "
+    "FI_PREFETCH_AOT_DIR they serve where there is no nvcc.",
 )
 def build(arch: list[str], only: str, fixed_split: bool, jobs: int, aot: Path | None) -> None:
     """Compile the kernel variants now rather than at first use."""
     from rich.progress import track
 
     from . import jit
+    from .bench import kernels
 
     usual, invariant = jit.all_variants(), jit.all_variants(fixed_split=True)
     named = [variant for variant in usual + invariant if variant.name == only]
@@ -203,6 +230,8 @@ def build(arch: list[str], only: str, fixed_split: bool, jobs: int, aot: Path | 
         within = jit.target_architectures(architectures) if architectures else contextlib.nullcontext()
         with within, ThreadPoolExecutor(jobs) as pool:
             specs = [jit.jit_spec(variant, architectures or None) for variant in variants]
+            if aot is not None:  # where there is no compiler, `demo`, `bench` and `tune` are to run too
+                specs.append(kernels.jit_spec(architectures))
             pending = {pool.submit(spec.build, verbose=False, need_lock=True): spec for spec in specs}
             try:
                 for done in track(as_completed(pending), description="compiling", total=len(pending), console=console):
@@ -218,9 +247,9 @@ def build(arch: list[str], only: str, fixed_split: bool, jobs: int, aot: Path | 
                 raise
     except (jit.KernelUnavailableError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    console.print(f"{len(specs) - len(failed)} of {len(specs)} variants compiled in {time.monotonic() - start:.0f} s")
+    console.print(f"{len(specs) - len(failed)} of {len(specs)} libraries compiled in {time.monotonic() - start:.0f} s")
     if failed:
-        raise click.ClickException(f"{len(failed)} variants could not be compiled")
+        raise click.ClickException(f"{len(failed)} libraries could not be compiled")
     if aot is not None:
         size = sum((aot / f"{spec.name}.so").stat().st_size for spec in specs) / 1e6
         console.print(f"{aot}: {len(specs)} libraries, {size:.1f} MB, for {', '.join(architectures)}")
@@ -499,8 +528,6 @@ def _named_shapes(options: dict[str, Any]) -> tuple[list[Any], bool]:
 
 def find_model(name: str, ranks: int) -> Any:
     """A model's slice, or an error that names the models there are."""
-    from .bench.shapes import MODELS
-
     if name not in MODELS:
         raise click.ClickException(f"no model {name!r}; there are {', '.join(MODELS)}")
     with one_line(ValueError):
@@ -549,8 +576,8 @@ def bench(kind: str, **options: Any) -> None:
     """Measure, and write a result file.
 
     KIND is grid (every shape on every kernel), prefetch (every lever), layer (attention in a model's layer), window
-    (the prefetch beside an all-reduce), map (the paper's kernel over bytes in flight) or plan_time (host time of
-    planning).
+    (the prefetch beside an all-reduce), map (run-ahead over bytes in flight, in the paper's kernel, FlashInfer's and
+    ours) or plan_time (host time of planning).
     """
     from .bench import report
     from .prefetch import PrefetchPolicy
@@ -613,13 +640,14 @@ def _run_job(job: Any, output: Path, resume: bool) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .bench import runner
+    from .bench.report import row_label
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(job.kind, total=len(job.specs))
 
         def progress(event: dict[str, Any]) -> None:
-            label = _row_label(job.specs[event["row"]]) if isinstance(event.get("row"), int) else ""
+            label = row_label(job.specs[event["row"]]) if isinstance(event.get("row"), int) else ""
             if event["event"] == "kernel_started" and event["name"]:
                 bar.update(task, description=f"{label}: {event['name']}")
             elif event["event"] in ("row", "row_failed"):
@@ -635,13 +663,6 @@ def _run_job(job: Any, output: Path, resume: bool) -> dict[str, Any]:
             return runner.run(job, output, resume, progress)
 
 
-def _row_label(spec: dict[str, Any]) -> str:
-    from .bench.shapes import Shape
-
-    extra = f" window {spec['window_us']} us" if "window_us" in spec else ""
-    return f"{spec.get('model', '')} {Shape.from_row(spec).label}{extra}".strip()
-
-
 def _print_result(content: dict[str, Any]) -> None:
     """The tables of a result file of any kind; ValueError where it is none."""
     from .bench.tables import kind_of, tables
@@ -651,6 +672,11 @@ def _print_result(content: dict[str, Any]) -> None:
         return
     for table in tables(content):
         console.print(table_of(f"{table.title} ({content['gpu']})", table.columns, table.rows, table.words))
+    if kind_of(content) == "map":
+        from .bench.paper import reading
+
+        for sentence in reading(content):
+            console.print(f"- {sentence}")
     _print_missing(content)
 
 
@@ -845,30 +871,48 @@ def report(result: Path, plots: Path | None) -> None:
 
 @main.command()
 @shape_options
-@click.option("--policy", default="auto", show_default=True, help="The policy beside `off`.")
-def profile(policy: str, **options: Any) -> None:
+@click.option("--policy", default="auto", show_default=True, help="Our policy beside `off`.")
+@click.option(
+    "--kernel",
+    "kernels",
+    multiple=True,
+    type=click.Choice(PROFILED_KERNELS),
+    default=PROFILED_KERNELS[:1],
+    show_default=True,
+    help="Repeatable. The paper's wants --page 16.",
+)
+@click.option("--budget-seconds", type=POSITIVE, help="Start on no further shape after this.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write a result file too.")
+def profile(
+    policy: str, kernels: tuple[str, ...], budget_seconds: float | None, output: Path | None, **options: Any
+) -> None:
     """Hardware counters of a call, with prefetch off and on, read by Nsight Compute (ncu)."""
-    from .bench.profile import ProfileError, profiler_path, side_by_side
-    from .bench.profile import profile as profile_call
+    from .bench import environment
+    from .bench.profile import ProfileError, profiler_path
+    from .bench.profile import profile as profile_calls
     from .prefetch import PrefetchPolicy
 
     with one_line(ValueError):
         PrefetchPolicy.of(policy)
     shapes, whole_grid = shapes_from(options)
     if whole_grid:
-        raise click.UsageError("name one shape, with --heads and --lens, or --model, --batch and --context")
-    try:
+        raise click.UsageError("name shapes, with --heads and --lens, or --model, --batch and --context")
+    with one_line(ProfileError):
         profiler_path()
         require_gpu()
-        for shape in shapes:
-            with console.status(f"profiling {shape.label}"):
-                found = [profile_call(shape, name) for name in ("off", policy)]
-            console.print(table_of(shape.label, ("", "off", policy), side_by_side(found)))
-    except ProfileError as error:
-        raise click.ClickException(str(error)) from error
+        with console.status(f"profiling {len(shapes)} shapes"):
+            rows, complete = profile_calls(shapes, kernels, policy, budget_seconds)
+    content = {**environment.header(), "complete": complete, "rows": rows}
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(content, indent=1) + "\n")
+        console.print(f"{output}: {len(rows)} of {len(shapes)} shapes")
+    _print_result(content)
+    if not any(row["counters"] for row in rows):
+        raise click.ClickException("no call was profiled")
 
 
-@main.command()
+@main.command(epilog=f"MODEL is one of {', '.join(MODELS)}.")
 @click.argument("model")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option(

@@ -4,23 +4,52 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import tvm_ffi
 from flashinfer.jit import gen_jit_spec
 
-from fi_prefetch.jit import csrc_dir
+from fi_prefetch import jit
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 
 
-def jit_spec() -> Any:
-    """The JitSpec of the kernels. Its name holds a hash of the sources: a compiled copy never outlives an edit."""
-    digest = hashlib.sha256(SOURCE.read_bytes() + (csrc_dir() / "ptx.cuh").read_bytes()).hexdigest()[:8]
-    return gen_jit_spec(f"fi_prefetch_bench_{digest}", [SOURCE], extra_include_paths=[csrc_dir()])
+@functools.cache
+def name() -> str:
+    """The library's name. It holds a hash of the sources: a compiled copy never outlives an edit."""
+    sources = SOURCE.read_bytes() + (jit.csrc_dir() / "ptx.cuh").read_bytes()
+    return f"fi_prefetch_bench_{hashlib.sha256(sources).hexdigest()[:8]}"
+
+
+def jit_spec(architectures: Sequence[str] = ()) -> Any:
+    """The JitSpec of the kernels, whose name says the architectures ("9.0a") where they are named.
+
+    To be built within `jit.target_architectures` of the same.
+    """
+    suffix = "".join("_sm" + a.replace(".", "") for a in architectures)
+    folder = jit.csrc_dir()
+    return gen_jit_spec(name() + suffix, [SOURCE], extra_include_paths=[folder], extra_ldflags=jit._ldflags())
+
+
+def compiled_ahead(folder: Path) -> Path | None:
+    """The library that `fi-prefetch build --aot` left in a folder, if it has code for the GPU here."""
+    capability = torch.cuda.get_device_capability()
+    for path in sorted(folder.glob(f"{name()}_sm*.so")):
+        if any(jit._runs_on(arch, capability) for arch in path.stem.removeprefix(f"{name()}_sm").split("_sm")):
+            return path
+    return None
 
 
 @functools.cache
 def module() -> Any:
-    """The loaded module: `read`, `read_rows`, `idle` and `rope_and_write`, as kernels.cu documents them."""
-    return jit_spec().build_and_load()
+    """The loaded module: `read`, `read_rows`, `idle` and `rope_and_write`, as kernels.cu documents them.
+
+    What FI_PREFETCH_AOT_DIR names is looked through first, and needs no compiler.
+    """
+    folder = os.environ.get("FI_PREFETCH_AOT_DIR")
+    ahead = compiled_ahead(Path(folder)) if folder else None
+    return jit_spec().build_and_load() if ahead is None else tvm_ffi.load_module(str(ahead))

@@ -1,39 +1,53 @@
-"""The paper's kernel with and without its prefetch, over bytes in flight; benchmarks/results/<gpu>/map.json.
+"""What run-ahead gains over bytes in flight: the map; benchmarks/results/<gpu>/map.json.
 
-The kernel (csrc/xformers_decode.cuh) is paged attention that loads KV into registers, one thread block to a query head
-of a sequence, and can ask for its next KV block to be brought into L2 meanwhile. It runs on the whole GPU and on a
-slice of it with about the SMs of the paper's H20 (78), cut with a green context. A row of the result file:
+Three kernels, each on the whole GPU and on a slice of it with about the SMs of the paper's H20 (78), cut with a green
+context. The paper's (csrc/xformers_decode.cuh) is paged attention that loads KV into registers, one thread block to a
+query head of a sequence, and can ask for its next KV block to be brought into L2 meanwhile. Ours is measured on smaller
+grids than it launches, down to one warp an SM, which keeps as little in flight. FlashInfer's CUDA-core kernel is given
+a prefetch (flashinfer_run_ahead.py). A row of the result file:
 
-    part             "table": the paper's batches and lengths; "residency": fewer thread blocks an SM than would fit
+    part             "residency": the paper's kernel with fewer thread blocks an SM than would fit; "ours": our kernel
+                     by grid; "flashinfer": FlashInfer's; "table": the paper's kernel over its batches and lengths
     heads_q, heads_kv, head_dim, page_size, kv_lens, q_dtype, kv_dtype, kv_bytes
                      the shape; each query head reads its kv head's KV, kv_bytes counts it once
     sms              SMs of the slice; null: the whole GPU
     sms_used         SMs that a captured kernel ran on, counted on the GPU; null where there was no such slice
-    most_resident    thread blocks an SM may hold; 0: as many as fit
+    most_resident    of the paper's kernel: thread blocks an SM may hold; 0: as many as fit
+    warps_per_block, blocks_per_sm
+                     of ours: its grid
+    pad              of FlashInfer's: shared memory that a block takes for nothing, so that fewer fit
     resident         thread blocks an SM held: what may be and fits, or what there were; null without a slice
     bytes_in_flight  KV bytes that an SM waited for at a time, at most, without prefetch; null without a slice
     floor_us         kv_bytes at the read ceiling of the whole GPU
     us               time of a call without prefetch ("off", and "off_again" after the others), and with one that many
-                     iterations ahead ("bulk_1" is the paper's; "lines_1" has line prefetches in its place); in the
+                     iterations (of ours: tiles) ahead: "bulk_1" is the paper's, "lines_1" has line prefetches in its
+                     place; "run_ahead_1" is the one after the pipeline's last, in ours the policy `paper`; in the
                      table's rows of the whole GPU also that of other kernels on as much KV; null where there is none
     spread, missing  of each of `us`: (90th - 10th percentile) / median; why it is null
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from flashinfer.jit import gen_jit_spec
 
-from fi_prefetch import jit, reference
+from fi_prefetch import device, jit, reference, tune
+from fi_prefetch.prefetch import WELL_FED_BYTES_PER_SM, PrefetchPolicy
+from fi_prefetch.tune import Grid, Rule
 
+from . import flashinfer_run_ahead
 from .baselines import BASELINES, Call, Unsupported, prepare_ours
+from .explain import HOPPER_SM_COUNT
+from .flashinfer_run_ahead import PADS
 from .grid import verified_timing
 from .inputs import DecodeInputs, relative_error
-from .report import microseconds
+from .report import NOISE, Row, microseconds
 from .shapes import Shape, lens_label
 from .timing import Timing, calls_per_replay, time_graph
 from .worker import Context, check_error
@@ -50,8 +64,13 @@ RESIDENCY_HEADS = ((32, 32), (32, 8), (8, 1))
 RESIDENCY_LENS = (((2048, 16),), ((4096, 64),))
 RESIDENCIES = (1, 2, 3, 4, 6)
 
+# Our warps a block and blocks an SM. A warp's ring is compiled in, so that fewer warps are what there is to have less
+# in flight; one warp in each of four blocks keeps as much as four in one.
+OUR_GRIDS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 4))
+
 # Name in the file -> prefetch, and how many iterations ahead.
-VARIANTS = {
+TABLE_VARIANTS = {"off": ("off", 1), "bulk_1": ("bulk", 1), "off_again": ("off", 1)}
+RESIDENCY_VARIANTS = {
     "off": ("off", 1),
     "bulk_1": ("bulk", 1),
     "lines_1": ("lines", 1),
@@ -59,6 +78,18 @@ VARIANTS = {
     "bulk_4": ("bulk", 4),
     "off_again": ("off", 1),
 }
+# Name in the file -> tiles ahead.
+OUR_VARIANTS = {"off": 0, "run_ahead_1": 1, "run_ahead_2": 2, "run_ahead_4": 4, "off_again": 0}
+# Iterations of a block ahead.
+FLASHINFER_VARIANTS = {"off": 0, "run_ahead_1": 1, "run_ahead_4": 4, "off_again": 0}
+VARIANTS: dict[str, list[str]] = {
+    "residency": list(RESIDENCY_VARIANTS),
+    "table": list(TABLE_VARIANTS),
+    "ours": list(OUR_VARIANTS),
+    "flashinfer": list(FLASHINFER_VARIANTS),
+}
+# The paper's prefetch, by part.
+PAPERS = {"residency": "bulk_1", "table": "bulk_1", "ours": "run_ahead_1", "flashinfer": "run_ahead_1"}
 BESIDE = ("fi_prefetch", "flashinfer_fa2", "fa3")
 
 
@@ -275,29 +306,48 @@ def time_on(stream: torch.cuda.Stream, call: Call, copies: int) -> Timing:
 
 
 def specs() -> list[dict[str, Any]]:
-    """The rows to measure: the table and the residencies, each on the whole GPU and on the slice."""
-    table = [
-        ("table", Shape(*heads, BLOCK_TOKENS, ((length, batch),)), 0)
+    """The rows to measure, those that tell most first: a run that is stopped in time lacks the end of the table."""
+    few = [Shape(*heads, BLOCK_TOKENS, lens) for heads in RESIDENCY_HEADS for lens in RESIDENCY_LENS]
+    many = [
+        Shape(*heads, BLOCK_TOKENS, ((length, batch),))
         for heads in TABLE_HEADS
         for batch in TABLE_BATCHES
         for length in TABLE_LENGTHS
     ]
-    residency = [
-        ("residency", Shape(*heads, BLOCK_TOKENS, lens), most)
-        for heads in RESIDENCY_HEADS
-        for lens in RESIDENCY_LENS
-        for most in (*RESIDENCIES, 0)
-    ]
+    places = (None, SLICE_SMS)
     return [
-        {"part": part, **shape.to_row(), "sms": sms, "most_resident": most}
-        for sms in (None, SLICE_SMS)
-        for part, shape, most in (*table, *residency)
+        *(
+            _spec("residency", shape, sms, most_resident=most)
+            for shape in few
+            for sms in places
+            for most in _residencies(shape, sms)
+        ),
+        *(
+            _spec("ours", shape, sms, warps_per_block=warps, blocks_per_sm=blocks)
+            for shape in few
+            for sms in places
+            for warps, blocks in OUR_GRIDS
+        ),
+        *(_spec("flashinfer", shape, sms, pad=pad) for shape in few for sms in places for pad in PADS),
+        *(_spec("table", shape, sms, most_resident=0) for shape in many for sms in places),
     ]
+
+
+def _residencies(shape: Shape, sms: int | None) -> list[int]:
+    """Of RESIDENCIES those that change something: an SM of a Hopper is given so many of the shape's blocks at most."""
+    given = -(-shape.batch * shape.heads_q // (sms or HOPPER_SM_COUNT["h200"]))
+    return [*(most for most in RESIDENCIES if most < given), 0]
+
+
+def _spec(part: str, shape: Shape, sms: int | None, **columns: int) -> dict[str, Any]:
+    """All rows of a file have the same columns, by which `--resume` tells them apart."""
+    knobs: dict[str, int | None] = dict.fromkeys(("most_resident", "warps_per_block", "blocks_per_sm", "pad"))
+    return {"part": part, **shape.to_row(), "sms": sms, **knobs, **columns}
 
 
 def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
     """One row, as the module's docstring says."""
-    shape, most_resident = Shape.from_row(spec), spec["most_resident"]
+    shape = Shape.from_row(spec)
     inputs = DecodeInputs(shape, context.pool(shape.kv_dtype), context.facts.l2_bytes)
     row: dict[str, Any] = {
         **spec,
@@ -319,9 +369,19 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
 
     place, reason = context.attempt("slice", lambda: _place(spec["sms"], context.facts.sm_count))
     if place is None:
-        row["us"], row["missing"] = dict.fromkeys(VARIANTS), dict.fromkeys(VARIANTS, reason)
+        names = VARIANTS[spec["part"]]
+        row["us"], row["missing"] = dict.fromkeys(names), dict.fromkeys(names, reason)
         return row
     stream, row["sms_used"] = place
+    if spec["part"] == "ours":
+        for name, tiles in OUR_VARIANTS.items():
+            record(name, functools.partial(_time_ours, row, inputs, stream, context.facts, tiles))
+        return row
+    if spec["part"] == "flashinfer":
+        for name, iterations in FLASHINFER_VARIANTS.items():
+            record(name, functools.partial(_time_flashinfers, row, inputs, stream, context.facts.sm_count, iterations))
+        return row
+    most_resident = spec["most_resident"]
     fitting = module().residency(inputs.q, max(shape.lengths), PREFETCHES["off"], most_resident)
     row["resident"], row["bytes_in_flight"] = bytes_in_flight(shape, row["sms_used"], fitting)
     requests, expected = truth(inputs)
@@ -333,12 +393,60 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
         check_error(relative_error(inputs.out[requests], expected))
         return time_on(stream, call, inputs.copies)
 
-    for name, (prefetch, distance) in VARIANTS.items():
+    variants = RESIDENCY_VARIANTS if spec["part"] == "residency" else TABLE_VARIANTS
+    for name, (prefetch, distance) in variants.items():
         record(name, functools.partial(paper, prefetch, distance))
     if spec["part"] == "table" and spec["sms"] is None:
         for name in BESIDE:
             record(name, functools.partial(_beside, name, inputs))
     return row
+
+
+def _time_ours(
+    row: dict[str, Any], inputs: DecodeInputs, stream: torch.cuda.Stream, facts: device.GpuFacts, run_ahead: int
+) -> Timing:
+    """Our kernel on the row's grid and slice, with run-ahead by so many tiles and no other lever.
+
+    Fills in what the row says of its launch. Raises Unsupported where that many tiles ahead nothing is left to read.
+    """
+    # All of L2 is the budget: what a distance over the usual one costs belongs on the map.
+    policy = PrefetchPolicy(run_ahead, prologue=0, early_load=False, streaming_hint=False, l2_budget=1.0)
+    grid, sms = Grid(row["warps_per_block"], row["blocks_per_sm"], 0), row["sms_used"]
+    # To the plan the slice is the GPU: blocks beyond what its SMs hold would wait for the others to end.
+    of_slice = dataclasses.replace(facts, sm_count=sms)
+    with (
+        mock.patch.object(device, "facts", lambda where: of_slice),
+        mock.patch.object(tune, "rules_for", lambda gpu_key: (Rule(None, grid),)),
+    ):
+        wrapper, call = prepare_ours(inputs, policy)
+        plan = wrapper.prefetch_plan
+        if (plan.facts.blocks, plan.facts.warps) != (grid.blocks_per_sm * sms, grid.warps):
+            raise Unsupported(f"the kernel made it {plan.facts.blocks} blocks of {plan.facts.warps} warps")
+        if plan.run_ahead != run_ahead:
+            raise Unsupported(f"run-ahead became {plan.run_ahead}: a warp has no more to read, or L2 no more room")
+        row["resident"], row["bytes_in_flight"] = grid.blocks_per_sm, plan.bytes_in_flight_per_sm
+        inputs.out.fill_(float("nan"))
+        call(0)
+        check_error(inputs.error(inputs.out))
+        return time_on(stream, call, inputs.copies)
+
+
+def _time_flashinfers(
+    row: dict[str, Any], inputs: DecodeInputs, stream: torch.cuda.Stream, sm_count: int, iterations: int
+) -> Timing:
+    """FlashInfer's kernel, with prefetch so many iterations ahead. Fills in what the row says of its launch.
+
+    Its plan is for the whole GPU wherever it runs: on a slice the same blocks come in more than one wave.
+    """
+    shape, pad = inputs.shape, row["pad"]
+    fitting = flashinfer_run_ahead.fitting(shape.heads_q, shape.heads_kv, pad, sm_count)
+    blocks, call = flashinfer_run_ahead.prepare(inputs, pad, iterations)
+    row["resident"] = min(fitting, -(-blocks // row["sms_used"]))
+    row["bytes_in_flight"] = flashinfer_run_ahead.bytes_in_flight(shape, row["resident"])
+    inputs.out.fill_(float("nan"))
+    call(0)
+    check_error(inputs.error(inputs.out))
+    return time_on(stream, call, inputs.copies)
 
 
 def _place(sms: int | None, sm_count: int) -> tuple[torch.cuda.Stream, int]:
@@ -353,6 +461,121 @@ def _place(sms: int | None, sm_count: int) -> tuple[torch.cuda.Stream, int]:
 def _beside(name: str, inputs: DecodeInputs) -> Timing:
     call = prepare_ours(inputs)[1] if name == "fi_prefetch" else BASELINES[name](inputs)
     return verified_timing(inputs, call)[0]
+
+
+# ---- read ----------------------------------------------------------------------------------------------------------
+
+
+def gain(row: Row, name: str | None = None) -> float | None:
+    """How much faster a call is with a prefetch, by its name in `us`, else the paper's; None where it has no time."""
+    off, on = row["us"].get("off"), row["us"].get(name or PAPERS[row["part"]])
+    return off / on if off and on else None
+
+
+def distances(part: str) -> list[str]:
+    """The names in `us` of a part's prefetches."""
+    return [name for name in VARIANTS[part] if not name.startswith("off")]
+
+
+GAIN_COLUMNS = ("heads", "batch x length", "SMs", "an SM", "KiB in flight", "off, us", "of the ceiling")
+
+
+def gain_rows(result: dict[str, Any], part: str) -> list[list[str]]:
+    """The map in numbers: the cells under GAIN_COLUMNS and a gain for each of `distances`, a line a row of a part."""
+    cells = []
+    for row in result["rows"]:
+        if row["part"] != part or row["sms_used"] is None:
+            continue
+        off = row["us"]["off"]
+        flight = row["bytes_in_flight"]
+        cells.append(
+            [
+                f"{row['heads_q']}/{row['heads_kv']}",
+                lens_label(row["kv_lens"]),
+                str(row["sms_used"]),
+                _residents(row),
+                "-" if flight is None else str(flight >> 10),
+                microseconds(off),
+                "-" if off is None else f"{row['floor_us'] / off:.0%}",
+                *("-" if (found := gain(row, name)) is None else f"{found:.2f}x" for name in distances(part)),
+            ]
+        )
+    return cells
+
+
+def _residents(row: Row) -> str:
+    if row["part"] == "ours":
+        return f"{row['blocks_per_sm']} x {row['warps_per_block']} warp{'s' * (row['warps_per_block'] > 1)}"
+    return f"{row['resident']} block{'s' * (row['resident'] != 1)}"
+
+
+KERNEL_NAMES = {
+    "residency": "the paper's kernel",
+    "table": "the paper's kernel, as many blocks as fit",
+    "ours": "ours",
+    "flashinfer": "FlashInfer's kernel",
+}
+
+
+def reading(result: dict[str, Any]) -> list[str]:
+    """What a map says, a sentence a statement: where the paper's prefetch pays, where it hurts, what is most."""
+    found = []
+    for part, name in KERNEL_NAMES.items():
+        for sms in sorted({row["sms_used"] for row in result["rows"]} - {None}, reverse=True):
+            rows = [row for row in result["rows"] if (row["part"], row["sms_used"]) == (part, sms)]
+            gains = [(value, row) for row in rows if (value := gain(row)) is not None]
+            if gains:
+                found.append(f"{name} on {sms} SMs: {_pays(gains)}")
+    papers = [
+        (value, row)
+        for row in result["rows"]
+        if row["part"] in ("residency", "table") and (value := gain(row)) is not None
+    ]
+    if papers:
+        most, row = max(papers, key=lambda pair: pair[0])
+        reached = "is reached" if most >= 2.15 else "is nowhere reached"
+        found.append(
+            f"the 2.15x that the paper reports {reached}: the most is {most:.2f}x, on {row['sms_used']} SMs at "
+            f"{_where(row)}"
+        )
+    for below, words in ((True, "less than"), (False, "at least")):
+        values = [
+            value
+            for row in result["rows"]
+            if row["part"] == "ours" and row["bytes_in_flight"] is not None
+            if (row["bytes_in_flight"] < WELL_FED_BYTES_PER_SM) == below
+            for name in distances("ours")
+            if (value := gain(row, name)) is not None
+        ]
+        if values:
+            found.append(
+                f"ours with {words} the {WELL_FED_BYTES_PER_SM >> 10} KiB an SM in flight below which `auto` adds "
+                f"run-ahead, over all distances: {min(values):.2f}x to {max(values):.2f}x"
+            )
+    return found
+
+
+def _where(row: Row) -> str:
+    return (
+        f"{row['heads_q']}/{row['heads_kv']} heads, {lens_label(row['kv_lens'])}, {_residents(row)} and "
+        f"{row['bytes_in_flight'] >> 10} KiB in flight an SM"
+    )
+
+
+def _pays(gains: list[tuple[float, Row]]) -> str:
+    """On how many of some rows the paper's prefetch gains and costs more than noise, and the ends."""
+    pays = [(value, row) for value, row in gains if value > 1 + NOISE]
+    hurts = [(value, row) for value, row in gains if value < 1 - NOISE]
+    text = f"of {len(gains)} points it gains more than {NOISE:.0%} on {len(pays)}"
+    if pays:
+        most, row = max(pays, key=lambda pair: pair[0])
+        flight = max(row["bytes_in_flight"] for _, row in pays) >> 10
+        text += f" (up to {most:.2f}x: {_where(row)}; none of them with more than {flight} KiB)"
+    text += f" and costs more than {NOISE:.0%} on {len(hurts)}"
+    if hurts:
+        least, row = min(hurts, key=lambda pair: pair[0])
+        text += f" (down to {least:.2f}x: {_where(row)})"
+    return text
 
 
 TABLE_COLUMNS = ("heads", "batch x length", "SMs", "off, us", "on, us", "gain", "of the ceiling, off", "on", *BESIDE)

@@ -17,6 +17,8 @@ FLASHINFER_PREFIX = "flashinfer"
 NOISE = 0.02
 # What tells a row of `fi-prefetch tune` from others, and from its neighbours: the fields of tune.Grid.
 GRID_COLUMNS = ("warps", "blocks_per_sm", "min_tiles_per_warp")
+# What tells rows of one shape apart in other kinds of files.
+ROW_COLUMNS = ("tensor_parallel", "window_us", "part", "sms", "most_resident", "warps_per_block", "pad")
 
 
 @dataclass(frozen=True)
@@ -130,15 +132,13 @@ class Change:
 
 def row_label(row: Row) -> str:
     """What a row of any kind of file was measured on."""
+    if "step" in row:
+        return str(row["step"])
     if "ms_per_step" in row:
         return f"{row['model']} TP-{row['tp']} {lens_label(step_lens(row))} KV {row['kv_dtype']}"
     shape = Shape.from_row(row)
     parts = [row.get("model", ""), shape.label, "" if shape.q_dtype == "bfloat16" else f"q {shape.q_dtype}"]
-    parts += [
-        f"{name} {row[name]}"
-        for name in ("tensor_parallel", "window_us", "part", "sms", "most_resident", *GRID_COLUMNS)
-        if name in row
-    ]
+    parts += [f"{name} {row[name]}" for name in (*ROW_COLUMNS, *GRID_COLUMNS) if row.get(name) is not None]
     return " ".join(part for part in parts if part)
 
 
@@ -162,6 +162,12 @@ def times_of(row: Row) -> dict[str, tuple[float, float]]:
     elif "ms_per_step" in row:
         step = row["ms_per_step"].get("fi_prefetch")
         found = {label: (None if step is None else step * 1e3, 0.0)}
+    elif "step" in row:
+        seconds = row["seconds"].items()
+        found = {f"{label}: {name}": (None if s is None else s * 1e6, 0.0) for name, s in seconds}
+    elif "counters" in row:
+        durations = {name: found["duration"] for name, found in row["counters"].items() if is_ours(name)}
+        found = {f"{label}: {name}": (time, 0.0) for name, time in durations.items()}
     elif GRID_COLUMNS[0] in row:
         found = {label: (row["us"], row.get("spread", 0.0))}
     elif "attention_us" in row:
@@ -260,21 +266,35 @@ def _plot_steps(result: dict[str, Any], path: Path) -> Path:
 
 
 def _plot_map(result: dict[str, Any], path: Path) -> Path:
-    """What the paper's prefetch gains the paper's kernel, over the bytes that an SM waits for without it."""
-    from matplotlib import pyplot
+    """What the paper's prefetch gains each of three kernels, over the bytes that an SM waits for without it."""
+    from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for sms in sorted({row["sms_used"] for row in result["rows"]} - {None}):
-        points = [
-            (row["bytes_in_flight"] / 1024, row["us"]["off"] / row["us"]["bulk_1"])
-            for row in result["rows"]
-            if row["sms_used"] == sms and row["us"].get("off") and row["us"].get("bulk_1")
-        ]
-        axes.scatter([x for x, _ in points], [y for _, y in points], s=20, label=f"{sms} SMs")
-    axes.axhline(1.0, color="k", linewidth=0.8)
-    axes.set(xscale="log", xlabel="KV in flight an SM without prefetch, KiB", ylabel="speed-up by the paper's prefetch")
-    axes.set_title(result["gpu"])
-    axes.legend()
+    from .paper import gain
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(16, 5), sharey=True)
+    titles = {
+        ("residency", "table"): "the paper's kernel and prefetch",
+        ("ours",): "ours, run-ahead by one tile",
+        ("flashinfer",): "FlashInfer's CUDA-core kernel, by one iteration",
+    }
+    for axes, (parts, title) in zip(panels, titles.items(), strict=True):
+        for sms, marker in zip(sorted({row["sms_used"] for row in result["rows"]} - {None}), "ox", strict=False):
+            rows = [row for row in result["rows"] if row["sms_used"] == sms and row["part"] in parts]
+            for grouped, colour in ((False, "tab:blue"), (True, "tab:orange")):
+                points = [
+                    (row["bytes_in_flight"] / 1024, value)
+                    for row in rows
+                    if (row["heads_q"] > row["heads_kv"]) == grouped and (value := gain(row)) is not None
+                ]
+                label = f"{sms} SMs, {'GQA' if grouped else 'MHA'}"
+                xs, ys = [x for x, _ in points], [y for _, y in points]
+                axes.scatter(xs, ys, s=25, c=colour, marker=marker, label=label)
+        axes.axhline(1.0, color="k", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+        axes.set(xlabel="KV in flight an SM without prefetch, KiB", title=f"{title}\n{result['gpu']}")
+    panels[0].set(ylabel="speed-up by prefetching")
+    panels[0].legend()
     _save(figure, path, result)
     return path
 

@@ -142,7 +142,10 @@ def run(job: Job, output: Path, resume: bool = False, progress: Progress = lambd
             return result.write() if result.header else result.content()
         progress({"event": "worker_lost", "row": ended.row, "name": ended.kernel, "reason": ended.reason})
         if ended.row is None:
-            raise JobError(f"the measuring process ended before its first row: {ended.reason}; see {_log(output)}")
+            last = _last_line(_log(output))  # the log may be in a folder that goes away, as the demo's does
+            raise JobError(
+                f"the measuring process ended before its first row: {ended.reason}: {last}; see {_log(output)}"
+            )
         if ended.kernel and (ended.row, ended.kernel) not in {(row, name) for row, name, _ in skip}:
             skip.append((ended.row, ended.kernel, ended.reason))
         else:
@@ -163,6 +166,12 @@ class _End:
 
 def _log(output: Path) -> Path:
     return output.with_suffix(".log")
+
+
+def _last_line(log: Path) -> str:
+    """What a process that failed said last: an error with its reason."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
 
 
 def _run_worker(

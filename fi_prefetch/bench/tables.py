@@ -62,6 +62,8 @@ def kind_of(result: dict[str, Any]) -> str:
         ("layer", "attention_us"),
         ("window", "window_us"),
         ("map", "part"),
+        ("profile", "counters"),
+        ("first_hour", "step"),
         ("prefetch", "levers"),
         ("sglang", "ms_per_step"),
         ("tuning", report.GRID_COLUMNS[0]),
@@ -265,6 +267,38 @@ def paper(result: dict[str, Any]) -> Table:
     return Table("The paper's kernel", TABLE_COLUMNS, table_rows(result), words=2)
 
 
+def profile(result: dict[str, Any]) -> Table:
+    """Hardware counters, a line a call."""
+    from .profile import COLUMNS
+
+    lines = [
+        (heads(row), batch(row), name, *("-" if (x := found[c.name]) is None else f"{x:,.1f}" for c in COLUMNS))
+        for row in result["rows"]
+        for name, found in row["counters"].items()
+    ]
+    columns = ("heads", "batch", "kernel", *(column.label for column in COLUMNS))
+    return Table("Hardware counters of one call, KV cold in L2", columns, lines, words=3)
+
+
+def first_hour(result: dict[str, Any]) -> Table:
+    """What a new machine takes: with nvcc and an empty cache, and on what was compiled ahead."""
+    lines = [
+        (row["step"], *("-" if (x := row["seconds"][column]) is None else f"{x:.1f}" for column in ("nvcc", "aot")))
+        for row in result["rows"]
+    ]
+    return Table(
+        "The first hour, seconds", ("step", "with nvcc, nothing compiled", "without nvcc, compiled ahead"), lines
+    )
+
+
+def gains(result: dict[str, Any], part: str) -> Table:
+    """The map in numbers, of one kernel: what each prefetch gains."""
+    from .paper import GAIN_COLUMNS, KERNEL_NAMES, distances, gain_rows
+
+    title = f"Gain of prefetching over bytes in flight: {KERNEL_NAMES[part]}"
+    return Table(title, (*GAIN_COLUMNS, *distances(part)), gain_rows(result, part), words=2)
+
+
 def evidence(record: dict[str, Any]) -> Table:
     """What a GPU has run of the tests and sanitizers; `record` is that of tests/gpu_evidence.json."""
     where = (record["gpu"] or "-", (record["commit"] or "-")[:12])
@@ -299,7 +333,12 @@ VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "tuning": tuning,
     "sglang": sglang,
     "answers": answers,
+    "gains-paper": functools.partial(gains, part="residency"),
+    "gains-ours": functools.partial(gains, part="ours"),
+    "gains-flashinfer": functools.partial(gains, part="flashinfer"),
     "paper": paper,
+    "profile": profile,
+    "first-hour": first_hour,
     "evidence": evidence,
 }
 OF_KIND = {
@@ -311,7 +350,9 @@ OF_KIND = {
     "tuning": ("tuning",),
     "sglang": ("sglang",),
     "sglang_correctness": ("answers",),
-    "map": ("paper",),
+    "map": ("gains-paper", "gains-ours", "gains-flashinfer", "paper"),
+    "profile": ("profile",),
+    "first_hour": ("first-hour",),
 }
 
 

@@ -15,9 +15,22 @@ import pytest
 import torch
 
 import fi_prefetch
-from fi_prefetch import gpu_check
-from fi_prefetch.bench import demo, estimate, explain, layer, profile, report, runner, tables, tuning, worker
-from fi_prefetch.bench.baselines import plan_arguments
+from fi_prefetch import device, gpu_check, tune
+from fi_prefetch.bench import (
+    demo,
+    estimate,
+    explain,
+    flashinfer_run_ahead,
+    layer,
+    paper,
+    profile,
+    report,
+    runner,
+    tables,
+    tuning,
+    worker,
+)
+from fi_prefetch.bench.baselines import Unsupported, plan_arguments
 from fi_prefetch.bench.inputs import DecodeInputs, KvPool, pool_bytes, relative_error
 from fi_prefetch.bench.prefetch import POLICIES
 from fi_prefetch.bench.shapes import (
@@ -33,7 +46,7 @@ from fi_prefetch.bench.shapes import (
     small_grid,
 )
 from fi_prefetch.bench.timing import Timing, calls_per_replay, copies_needed, summarise
-from fi_prefetch.prefetch import PROLOGUE_TILES, PrefetchPolicy
+from fi_prefetch.prefetch import PROLOGUE_TILES, LaunchFacts, PrefetchPolicy, resolve
 from fi_prefetch.schedule import Schedule
 from fi_prefetch.tune import CANDIDATES, Grid, Rule
 
@@ -442,7 +455,7 @@ def test_an_event_that_was_cut_short_is_the_end_of_its_worker(tmp_path: Path) ->
 def test_a_worker_that_cannot_start_says_where_to_look(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     job.worker = (sys.executable, "-c", "raise SystemExit('no GPU')")
-    with pytest.raises(RuntimeError, match="before its first row"):
+    with pytest.raises(RuntimeError, match="before its first row: .*: no GPU; see "):
         runner.run(job, tmp_path / "grid.json")
     assert "no GPU" in (tmp_path / "grid.log").read_text()
 
@@ -687,20 +700,209 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
         assert report.digest({**HEADER, "rows": rows}).encode() in path.read_bytes(), "whose numbers it shows"
 
 
-def test_a_map_is_drawn_and_gives_the_papers_table(tmp_path: Path) -> None:
-    shape = Shape(32, 8, 16, parse_lens("16x2K")).to_row()
+def map_row(part: str, sms: int, flight: int | None, gain: float | None, lens: str = "16x2K") -> dict[str, Any]:
+    """A row of a map on which the paper's prefetch gains so much."""
+    on = paper.PAPERS[part]
+    knobs = {"warps_per_block": 1, "blocks_per_sm": 1} if part == "ours" else {"most_resident": 0}
+    return {
+        **paper._spec(part, Shape(32, 8, 16, parse_lens(lens)), sms, **knobs),
+        "sms_used": None if flight is None else sms,
+        "resident": None if flight is None else 4,
+        "bytes_in_flight": flight,
+        "floor_us": 10.0,
+        "us": {"off": None if gain is None else 20.0, on: gain and 20.0 / gain},
+        "spread": {},
+        "missing": {} if gain else {on: "a reason"},
+    }
+
+
+def test_a_map_is_drawn_and_gives_its_tables(tmp_path: Path) -> None:
     rows = [
-        {**shape, "part": "table", "sms": sms, "sms_used": used, "most_resident": 0, "bytes_in_flight": flight}
-        | {"floor_us": 10.0, "us": {"off": 20.0, "bulk_1": 16.0}, "spread": {}}
-        for sms, used, flight in ((None, 132, 65536), (80, 80, 131072))
+        map_row("table", 132, 65536, 1.25),
+        map_row("table", 80, 131072, 1.25),
+        map_row("table", 80, None, None),
+        map_row("residency", 132, 16384, 1.5),
+        map_row("residency", 80, None, None),
+        map_row("ours", 132, 24576, 0.8),
+        map_row("flashinfer", 132, 32768, 1.1),
     ]
-    rows.append({**rows[0], "sms_used": None, "bytes_in_flight": None, "us": {"off": None, "bulk_1": None}})
     result = {**HEADER, "rows": rows}
     assert tables.kind_of(result) == "map"
-    [table] = tables.tables(result)
+    papers, ours, theirs, table = tables.tables(result)
     assert [row[3:6] for row in table.rows] == [["20.0", "16.0", "1.25x"]] * 2 + [["-", "-", "-"]]
+    assert [list(row) for row in papers.rows] == [
+        ["32/8", "16x2K", "132", "4 blocks", "16", "20.0", "50%", "1.50x", "-", "-", "-"]
+    ]
+    assert [list(row) for row in ours.rows] == [
+        ["32/8", "16x2K", "132", "1 x 1 warp", "24", "20.0", "50%", "0.80x", "-", "-"]
+    ]
+    assert [row[3:5] for row in theirs.rows] == [["4 blocks", "32"]]
+    for found in (papers, ours, theirs, table):
+        assert {len(row) for row in found.rows} == {len(found.columns)}
     [picture] = report.plot(result, tmp_path)
     assert report.digest(result).encode() in picture.read_bytes()
+
+
+def test_a_map_is_read_from_its_numbers() -> None:
+    rows = [
+        map_row("residency", 132, 16384, 1.30),
+        map_row("residency", 132, 32768, 1.10),
+        map_row("residency", 132, 65536, 1.01),
+        map_row("residency", 132, 131072, 0.85),
+        map_row("residency", 80, None, None),
+        map_row("ours", 132, 24576, 1.05),
+        map_row("ours", 132, 98304, 0.91),
+    ]
+    first, ours, most, below, above = paper.reading({**HEADER, "rows": rows})
+    where = "32/8 heads, 16x2K, 4 blocks and {} KiB in flight an SM"
+    assert first == (
+        f"the paper's kernel on 132 SMs: of 4 points it gains more than 2% on 2 (up to 1.30x: {where.format(16)}; none "
+        f"of them with more than 32 KiB) and costs more than 2% on 1 (down to 0.85x: {where.format(128)})"
+    )
+    assert ours.startswith("ours on 132 SMs: of 2 points it gains more than 2% on 1 (up to 1.05x: ")
+    nowhere = "the 2.15x that the paper reports is nowhere reached: the most is 1.30x, on 132 SMs at "
+    assert most == nowhere + where.format(16)
+    assert "less than the 64 KiB" in below and below.endswith("1.05x to 1.05x")
+    assert "at least the 64 KiB" in above and above.endswith("0.91x to 0.91x")
+    rows[0]["us"]["bulk_1"] = 9.0
+    assert "the paper reports is reached: the most is 2.22x" in paper.reading({**HEADER, "rows": rows})[2]
+
+
+def test_a_maps_rows_have_the_same_columns_and_what_tells_most_comes_first() -> None:
+    specs = paper.specs()
+    assert {tuple(spec) for spec in specs} == {tuple(specs[0])}
+    assert len({runner.spec_key(spec) for spec in specs}) == len(specs)
+    parts = [spec["part"] for spec in specs]
+    assert parts == sorted(parts, key=["residency", "ours", "flashinfer", "table"].index)
+    small = Shape(8, 1, 16, parse_lens("16x2K")).kv_bytes
+    held_back = [spec["most_resident"] for spec in specs if (spec["part"], spec["kv_bytes"]) == ("residency", small)]
+    # 16 requests of 8 heads are not even a block for each of 132 SMs, and up to two for each of 80.
+    assert held_back == [0, 1, 0]
+
+
+class MapContext:
+    """What measuring a row of the map asks of a worker, on the CPU."""
+
+    facts = explain.named_gpu("h200")
+    floor_us = staticmethod(lambda kv_bytes: 1.0)
+
+    def pool(self, kv_dtype: str) -> KvPool:
+        return KvPool(1 << 24, getattr(torch, kv_dtype), torch.device("cpu"))
+
+    def attempt(self, name: str, action: Callable[[], Any]) -> tuple[Any, str | None]:
+        try:
+            return action(), None
+        except Unsupported as error:
+            return None, str(error)
+
+
+@pytest.mark.parametrize("part", paper.VARIANTS)
+@pytest.mark.parametrize("sms", [None, 80])
+def test_a_row_of_every_part_of_the_map(part: str, sms: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that take 10 us, and 10 more for each step that they prefetch ahead."""
+    shape = Shape(32, 8, 16, parse_lens("2x64"))
+    knobs = {
+        "residency": {"most_resident": 3},
+        "table": {"most_resident": 0},
+        "ours": {"warps_per_block": 2, "blocks_per_sm": 1},
+        "flashinfer": {"pad": 0},
+    }[part]
+    asked: list[int] = []
+
+    def ours(inputs: DecodeInputs, policy: PrefetchPolicy) -> tuple[Any, Callable[[int], None]]:
+        here = device.facts(torch.device("cuda"))
+        grid = tune.grid_for(tune.rules_for(here.key), None)
+        launch = LaunchFacts(
+            here.sm_count * grid.blocks_per_sm, grid.warps, 3, 8192, None, here.l2_bytes, here.sm_count
+        )
+        plan = resolve(policy, launch, pdl=True)
+        return SimpleNamespace(prefetch_plan=plan), lambda i: asked.append(plan.run_ahead)
+
+    def theirs(inputs: DecodeInputs, pad: int, iterations: int) -> tuple[int, Callable[[int], None]]:
+        return 400, lambda i: asked.append(iterations)
+
+    def papers(inputs: DecodeInputs, prefetch: str, distance: int, most: int) -> Callable[[int], None]:
+        assert most == knobs["most_resident"]
+        return lambda i: asked.append(0 if prefetch == "off" else distance)
+
+    monkeypatch.setattr(paper, "prepare_ours", ours)
+    monkeypatch.setattr(paper, "prepare", papers)
+    monkeypatch.setattr(flashinfer_run_ahead, "prepare", theirs)
+    monkeypatch.setattr(flashinfer_run_ahead, "fitting", lambda *_: 4)
+    monkeypatch.setattr(paper, "module", lambda: SimpleNamespace(residency=lambda *_: 3))
+    monkeypatch.setattr(paper, "_place", lambda sms, sm_count: (None, sms or sm_count))
+    monkeypatch.setattr(paper, "_beside", lambda name, inputs: Timing(7.0, 0.0))
+    monkeypatch.setattr(paper, "check_error", lambda error: error)
+    monkeypatch.setattr(paper, "time_on", lambda stream, call, copies: Timing(10.0 * (1 + asked[-1]), 0.1))
+    row = paper.measure(paper._spec(part, shape, sms, **knobs), MapContext())
+    distances = [0 if name.startswith("off") else int(name.rpartition("_")[2]) for name in paper.VARIANTS[part]]
+    measured = [row["us"][name] for name in paper.VARIANTS[part]]
+    assert measured == [10.0 * (1 + distance) for distance in distances] and not row["missing"]
+    beside = set(row["us"]) - set(paper.VARIANTS[part])
+    assert beside == (set(paper.BESIDE) if (part, sms) == ("table", None) else set())
+    blocks = {"residency": 1, "table": 1, "ours": 1, "flashinfer": 4}[part]  # 64 blocks are one an SM at most
+    ring = {"ours": 2 * 3 * 8192, "flashinfer": 4 * 8192}.get(part, 4 * 16 * 256)
+    assert (row["sms_used"], row["resident"], row["bytes_in_flight"]) == (sms or 132, blocks, ring)
+    assert paper.gain(row) == pytest.approx(0.5)
+
+
+def test_flashinfers_kernel_has_two_stages_of_a_blocks_rows_in_flight() -> None:
+    """Of 128 threads sixteen share a row of 256 bytes; with one query head a kv head each brings four rows' chunks."""
+    grouped, single = Shape(32, 8, 16, parse_lens("16x2K")), Shape(32, 32, 16, parse_lens("16x2K"))
+    assert flashinfer_run_ahead.bytes_in_flight(grouped, 4) == 4 * 2 * (128 // 16) * 2 * 256
+    assert flashinfer_run_ahead.bytes_in_flight(single, 4) == 4 * 2 * (128 // 16 * 4) * 2 * 256
+
+
+def test_flashinfers_kernel_on_the_map_is_asked_for_rows_beyond_its_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Wrapper:
+        _plan_info = [33]
+
+        def plan(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def run(self, q: Any, cache: Any, *arguments: Any, out: Any) -> None:
+            calls.append(arguments)
+
+    monkeypatch.setattr(flashinfer_run_ahead, "wrapper", lambda pad: Wrapper())
+    shape = Shape(32, 8, 16, parse_lens("2x64"))
+    pool = KvPool(2 * shape.allocated_bytes, torch.bfloat16, torch.device("cpu"))
+    inputs = DecodeInputs(shape, pool, 0, copies=1)
+    for iterations in (0, 1, 4):
+        blocks, call = flashinfer_run_ahead.prepare(inputs, 0, iterations)
+        assert blocks == 33 * 8
+        call(0)
+    assert calls == [(128**-0.5, distance) for distance in (0, (2 + 1) * 8, (2 + 4) * 8)]
+    other = Shape(32, 8, 16, parse_lens("2x64"), kv_dtype="float8_e4m3fn")
+    pool = KvPool(2 * other.allocated_bytes, torch.float8_e4m3fn, torch.device("cpu"))
+    with pytest.raises(Unsupported):
+        flashinfer_run_ahead.prepare(DecodeInputs(other, pool, 0, copies=1), 0, 1)
+
+
+def test_ours_on_the_map_runs_the_rows_grid_on_the_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = explain.named_gpu("h200")
+    shape = Shape(32, 8, 16, parse_lens("64x4K"))
+    inputs = SimpleNamespace(out=torch.zeros(1), error=lambda out: 0.0, copies=2)
+
+    def prepare(inputs: Any, policy: PrefetchPolicy) -> tuple[Any, Callable[[int], None]]:
+        """The wrapper's own way from facts and rules to a plan, with eight warps as the most that fit."""
+        here = device.facts(torch.device("cuda"))
+        grid = tune.grid_for(tune.rules_for(here.key), shape.kv_bytes)
+        launch = LaunchFacts(
+            here.sm_count * grid.blocks_per_sm, grid.warps, 3, 8192, shape.kv_bytes, here.l2_bytes, here.sm_count
+        )
+        return SimpleNamespace(prefetch_plan=resolve(policy, launch, pdl=True)), lambda i: None
+
+    monkeypatch.setattr(paper, "prepare_ours", prepare)
+    monkeypatch.setattr(paper, "time_on", lambda stream, call, copies: Timing(5.0, 0.0))
+    row: dict[str, Any] = {"warps_per_block": 2, "blocks_per_sm": 1, "sms_used": 80}
+    assert paper._time_ours(row, inputs, None, facts, 4).us == 5.0
+    assert (row["resident"], row["bytes_in_flight"]) == (1, 2 * 3 * 8192)
+    small = {**row, "warps_per_block": 8}
+    with pytest.raises(Unsupported, match="run-ahead became 0"):
+        shape = Shape(8, 1, 16, parse_lens("16x512"))
+        paper._time_ours(small, inputs, None, facts, 4)
 
 
 # ---- predictions and explanations ----------------------------------------------------------------------------------
@@ -785,36 +987,56 @@ def test_every_policy_of_the_prefetch_rows_has_its_levers_alone() -> None:
 # ---- parsers -------------------------------------------------------------------------------------------------------
 
 
+NCU = (
+    "==PROF== Connected to process 1\n"
+    '"ID","Process ID","Kernel Name","gpu__time_duration.sum","l1tex__t_sector_hit_rate.pct",'
+    '"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",'
+    '"smsp__average_warp_latency_per_inst_issued.ratio","dram__bytes_read.sum","lts__t_sector_hit_rate.pct"\n'
+    '"","","","ns","%","inst","inst","byte","%"\n'
+    '"0","1","at::cuda::spin_kernel(long)","2,000","0","0","0","0","0"\n'
+    '"1","1","void fi_prefetch::decode_kernel<x, 1>(y)","12,345","0.5","6","8","33554432","n/a"\n'
+    '"2","1","at::cuda::spin_kernel(long)","2,000","0","0","0","0","0"\n'
+    '"3","1","flash_fwd","30,000","10","1","2","1000000","20"\n'
+    '"4","1","flash_combine","10,000","50","2","2","500000","60"\n'
+)
+
+
 def test_counters_are_read_from_the_profilers_csv() -> None:
-    output = (
-        "==PROF== Connected to process 1\n"
-        '"ID","Process ID","Kernel Name","gpu__time_duration.sum","l1tex__t_sector_hit_rate.pct",'
-        '"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",'
-        '"smsp__average_warp_latency_per_inst_issued.ratio","dram__bytes_read.sum","lts__t_sector_hit_rate.pct"\n'
-        '"","","","ns","%","inst","inst","byte","%"\n'
-        '"0","1","void fi_prefetch::decode_kernel<x, 1>(y)","12,345","0.5","6","8","33554432","n/a"\n'
-    )
-    found = profile.columns(profile.parse(output))
-    assert found["duration"] == pytest.approx(12.345)
-    assert found["long-scoreboard stalls"] == pytest.approx(75.0)
-    assert found["DRAM bytes read"] == pytest.approx(33.554432)
-    assert found["L2 hit rate"] is None and found["compute throughput"] is None
-    lines = {line[0]: line[1:] for line in profile.side_by_side([found, found])}
-    assert lines["duration, us"] == ["12.3", "12.3"]
-    assert lines["L2 hit rate, %"] == ["n/a", "n/a"]
+    ours, fa3 = map(profile.of_call, profile.parse(NCU))
+    assert ours["duration"] == pytest.approx(12.345)
+    assert ours["long-scoreboard stalls"] == pytest.approx(75.0)
+    assert ours["DRAM bytes read"] == pytest.approx(33.554432)
+    assert ours["L2 hit rate"] is None and ours["compute throughput"] is None
+    # Of two kernels: what adds up, and means weighed by 30 and 10 us.
+    assert fa3["duration"] == pytest.approx(40.0) and fa3["DRAM bytes read"] == pytest.approx(1.5)
+    assert fa3["L1 hit rate"] == pytest.approx(20.0) and fa3["L2 hit rate"] == pytest.approx(30.0)
+    assert fa3["long-scoreboard stalls"] == pytest.approx(62.5)
 
 
-@pytest.mark.parametrize("output", ["", "==ERROR== no permission", '"ID","a"\n"","b"\n'])
+@pytest.mark.parametrize(
+    "output", ["", "==ERROR== no permission", '"ID","a"\n"","b"\n', '"ID","Kernel Name"\n"",""\n"0","spin_kernel"\n']
+)
 def test_a_profile_without_a_kernel_is_an_error(output: str) -> None:
     with pytest.raises(profile.ProfileError):
         profile.parse(output)
 
 
 def test_the_profiler_is_asked_for_every_column() -> None:
-    line = profile.command("ncu")
+    line = profile.command("ncu", Path("request"), Path("answer"))
     metrics = line[line.index("--metrics") + 1].split(",")
     assert {column.metric for column in profile.COLUMNS} <= set(metrics)
     assert line[line.index("--clock-control") + 1] == "none"
+    assert line[line.index("--cache-control") + 1] == "all"
+
+
+def test_every_kernel_is_profiled_without_prefetch_and_with() -> None:
+    assert profile.calls_of(("fi_prefetch", "paper", "fa3"), "paper") == [
+        ("fi_prefetch off", "fi_prefetch", "off"),
+        ("fi_prefetch paper", "fi_prefetch", "paper"),
+        ("paper off", "paper", "off"),
+        ("paper on", "paper", "on"),
+        ("fa3", "fa3", "off"),
+    ]
 
 
 def test_compiler_reports_are_read() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fi_prefetch import __version__, cli, evidence, gpu_check, jit, tune
-from fi_prefetch.bench import environment, runner, tuning
+from fi_prefetch.bench import environment, kernels, runner, tuning
 from fi_prefetch.bench.shapes import MODELS, Shape, parse_lens
 from fi_prefetch.device import describe
 
@@ -129,6 +132,7 @@ def test_build_leaves_out_what_failed(monkeypatch: pytest.MonkeyPatch, tmp_path:
             raise RuntimeError("nvcc said no")
 
     monkeypatch.setattr(jit, "jit_spec", lambda *_: Spec())
+    monkeypatch.setattr(kernels, "jit_spec", lambda _: Spec())
     text = fail("build", "--arch", "9.0a", "--only", "hd128_swa0_cap0", "--aot", str(tmp_path / "kernels"))
     assert "nvcc said no" in text and "could not be compiled" in text
     assert not (tmp_path / "kernels").exists()
@@ -150,6 +154,7 @@ def test_a_build_that_ends_early_starts_nothing_more(monkeypatch: pytest.MonkeyP
             return tmp_path / "none.so"
 
     monkeypatch.setattr(jit, "jit_spec", Spec)
+    monkeypatch.setattr(kernels, "jit_spec", lambda _: Spec(jit.all_variants()[0], None))
     (tmp_path / "file").touch()
     text = fail("build", "--arch", "9.0a", "-j", "1", "--aot", str(tmp_path / "file" / "kernels"))
     assert text.splitlines()[-1].startswith("Error: ") and "Not a directory" in text
@@ -160,7 +165,48 @@ def test_a_profile_needs_a_shape_and_a_profiler(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert "Nsight Compute" in fail("profile", "--heads", "32/8", "--lens", "8x1K")
-    assert "name one shape" in fail("profile")
+    assert "name shapes" in fail("profile")
+
+
+FAKE_NCU = """#!{python}
+import json, sys
+request, answer = sys.argv[-2:]
+calls = json.load(open(request))["calls"]
+made = [(0, name) for name, *_ in calls if name != "fa3"]
+json.dump({{"made": made, "missing": [(0, "fa3", "Unsupported: not here")]}}, open(answer, "w"))
+print('"ID","Kernel Name","gpu__time_duration.sum"')
+print('"","","ns"')
+for number, (_, name) in enumerate(made[:{seen}]):
+    print('"0","spin_kernel","1"')
+    print(f'"1","{{name}}","{{1000 * (number + 1)}}"')
+"""
+
+
+def test_a_profile_is_a_result_file_of_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ncu, output = tmp_path / "ncu", tmp_path / "new" / "profile.json"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(cli, "has_gpu", lambda: True)
+    header = {"gpu": "NVIDIA H200", "driver": "1", "torch": "2", "flashinfer": "3", "commit": None}
+    monkeypatch.setattr(environment, "header", lambda: header)
+    kernels = [argument for name in cli.PROFILED_KERNELS for argument in ("--kernel", name)]
+    command = ("profile", "--heads", "32/8", "--lens", "8x1K", "--page", "16", *kernels, "--output", str(output))
+
+    def profiler(seen: int) -> None:
+        ncu.write_text(FAKE_NCU.format(python=sys.executable, seen=seen))
+        ncu.chmod(0o755)
+
+    profiler(seen=3)
+    assert "ncu saw 3 of 4 calls" in fail(*command)
+    assert not output.exists()
+    profiler(seen=4)
+    text = succeed(*command)
+    assert "fa3: not measured on 1 of 1 rows: Unsupported: not here" in text
+    content = json.loads(output.read_text())
+    assert content["complete"] and content["gpu"] == "NVIDIA H200"
+    durations = {name: found["duration"] for name, found in content["rows"][0]["counters"].items()}
+    assert durations == {"fi_prefetch off": 1.0, "fi_prefetch auto": 2.0, "paper off": 3.0, "paper on": 4.0}
+    assert "paper on" in succeed("report", str(output))
+    assert "4 same" in succeed("compare", str(output), str(output))
 
 
 def test_a_prediction_is_marked_as_one() -> None:
@@ -233,6 +279,13 @@ def test_a_bad_setting_of_the_environment_is_told_in_a_line(monkeypatch: pytest.
     tune.rules_for.cache_clear()
     for command in (("info",), ("explain", "llama-3-8b")):
         assert "not a file of tuned grids" in fail(*command)
+
+
+def test_info_names_the_levers_that_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FI_PREFETCH_POLICY", "run_ahead=2,prologue=0,streaming_hint=0")
+    assert [choice["levers_on"] for choice in json.loads(succeed("info", "--json"))["choices"]][2] == ["run-ahead 2"]
+    monkeypatch.setenv("FI_PREFETCH_POLICY", "auto")
+    assert "prologue 1, streaming hint" in succeed("info")
 
 
 def test_info_counts_variants_of_these_sources_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -311,6 +364,15 @@ def test_report_prints_tables_and_draws(tmp_path: Path) -> None:
     assert "2.00x" in text and "geometric mean" in text
     assert "slower than flashinfer_fa2: 32/8 page 1 8x1K (0.80)" in text
     assert list((tmp_path / "plots").glob("*.png"))
+
+
+def test_a_table_in_a_pipe_is_whole(tmp_path: Path) -> None:
+    """A terminal's eighty columns would cut a grid's to two letters each."""
+    path = result_file(tmp_path / "a.json", {"1x64K+31x4K": 10.0})
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-c", "from fi_prefetch.cli import main; main()", "report", str(path)]
+    text = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "flashinfer_fa2" in text and "1x64K+31x4K" in text and "…" not in text
 
 
 def test_report_and_compare_read_every_kind_of_file_and_no_other(tmp_path: Path) -> None:

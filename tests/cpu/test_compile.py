@@ -276,20 +276,22 @@ except jit.KernelUnavailableError as error:
 
 
 @pytest.mark.parametrize("case", CASES[:1])
-def test_what_was_compiled_ahead_is_loaded_where_there_is_no_nvcc(case, tmp_path):
+def test_what_was_compiled_ahead_is_loaded_where_there_is_no_nvcc(case, tmp_path, monkeypatch):
     """Up to the loaded module: `fi-prefetch build --aot`, then a process that finds no compiler and an empty cache."""
     # The older FlashInfers' environments, in which some of this file runs, have not all that the command line needs.
     from click.testing import CliRunner
 
     from fi_prefetch import cli
+    from fi_prefetch.bench import kernels as measurement
 
     compiled(case)  # so that the command finds it compiled
     kernels_folder, nothing = tmp_path / "kernels", tmp_path / "nothing"
     command = ["build", "--arch", case.architecture, "--only", case.variant.name, "--aot", str(kernels_folder)]
     built = CliRunner().invoke(cli.main, command)
     assert built.exit_code == 0, built.output
-    [library] = kernels_folder.iterdir()
-    assert library.name == f"{case.variant.name}_{jit.sources_hash()}_sm{case.architecture.replace('.', '')}.so"
+    suffix = f"_sm{case.architecture.replace('.', '')}.so"
+    names = {f"{case.variant.name}_{jit.sources_hash()}{suffix}", f"{measurement.name()}{suffix}"}
+    assert {library.name for library in kernels_folder.iterdir()} == names
 
     kept = {name: value for name, value in os.environ.items() if name not in ("FLASHINFER_NVCC", "CUDA_PATH")}
     places = dict.fromkeys(("PATH", "CUDA_HOME", "FLASHINFER_WORKSPACE_BASE"), str(nothing))
@@ -300,6 +302,16 @@ def test_what_was_compiled_ahead_is_loaded_where_there_is_no_nvcc(case, tmp_path
     loaded, missing = done.stdout.splitlines()
     assert loaded == "[True, True]"
     assert "fi-prefetch build --aot" in missing and "no CUDA compiler" in missing
+
+    # `demo`, `bench` and `tune` have kernels of their own, which need a GPU of the right kind to be asked for.
+    monkeypatch.setenv("FLASHINFER_NVCC", str(nothing))
+    monkeypatch.setenv("FI_PREFETCH_AOT_DIR", str(kernels_folder))
+    major, minor = (int(digit) for digit in case.architecture.rstrip("af").split("."))
+    for capability, found in (((major, minor), True), ((major + 1, minor), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert (measurement.compiled_ahead(kernels_folder) is not None) == found
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, minor))
+    assert callable(measurement.module().read_rows)
 
 
 @pytest.mark.parametrize("source", ["fi_prefetch/bench/kernels.cu", "tests/gpu/late_writes.cu", "tests/gpu/few_sms.cu"])

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import tvm_ffi
+from machine_code import kernels
 
 from fi_prefetch import jit
+from fi_prefetch.bench import flashinfer_run_ahead
 
 KERNEL = re.compile(
     r"xformers_decode_kernelINS0_6TraitsI(?P<dtype>13__nv_bfloat16|6__half)Li(?P<dim>\d+).*PrefetchE(?P<prefetch>\d)"
@@ -100,3 +102,25 @@ def mark(instruction: str) -> str | None:
     if instruction.startswith("CCTL") and ".PF2" in instruction:
         return "l"
     return "F" if instruction.startswith("FFMA") else None
+
+
+# ---- FlashInfer's kernel with run-ahead ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_flashinfers_kernel_takes_the_prefetch_and_the_shared_memory() -> None:
+    """The variant fits FlashInfer's templates, nothing of it is optimised away, and it costs no spill."""
+    pad = flashinfer_run_ahead.PADS[-1]
+    with jit.target_architectures(["9.0a"]):
+        spec = flashinfer_run_ahead.jit_spec(pad)
+        spec.extra_ldflags = jit._ldflags()  # here is no driver to link with
+        spec.build(verbose=False, need_lock=True)
+    found = [
+        kernel
+        for (_, name), kernel in kernels(spec.get_library_path()).items()
+        if "BatchDecodeWithPagedKVCacheKernel" in name
+    ]
+    assert len(found) >= 5, "one a group size"
+    for kernel in found:
+        assert kernel.count("CCTL", "PF2") > 0 and kernel.count("LDL") == 0
+        assert kernel.usage["SHARED"] >= pad

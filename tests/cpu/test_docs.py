@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -15,6 +16,8 @@ from rich.console import Console
 
 from fi_prefetch import cli
 from fi_prefetch.bench import report
+from fi_prefetch.bench.profile import COLUMNS
+from fi_prefetch.bench.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 AGAIN = "run `make refresh`"
@@ -37,6 +40,7 @@ def test_tables_are_those_of_the_result_files(document: Path) -> None:
     assert refresh.with_tables(text) == text, AGAIN
     # A mark that is written otherwise would be passed over.
     assert len(refresh.MARKED_TABLE.findall(text)) == f"\n{text}".count("\n<!-- measured:")
+    assert len(refresh.MARKED_STRETCH.findall(text)) == f"\n{text}".count("\n<!-- on every GPU:")
 
 
 def test_a_table_is_replaced_and_its_surroundings_stay() -> None:
@@ -47,6 +51,39 @@ def test_a_table_is_replaced_and_its_surroundings_stay() -> None:
     made = refresh.with_tables(text)
     assert made.startswith("Before.\n\n<!-- measured: ") and made.endswith("|\n\nAfter.\n")
     assert "Llama-3-8B" in made and "| x |" not in made
+    assert refresh.with_tables(made) == made
+
+
+@pytest.mark.parametrize("stem", refresh.STRETCHES)
+def test_a_stretch_shows_what_was_measured_on_every_gpu_or_that_nothing_was(
+    stem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = f"Before.\n\n<!-- on every GPU: {stem} -->\n\nold\n\n<!-- end -->\n\nAfter.\n"
+    monkeypatch.setattr(refresh, "ROOT", tmp_path)
+    monkeypatch.setattr(refresh, "RESULTS", tmp_path)
+    nothing = refresh.with_tables(text)
+    assert "not been measured yet" in nothing and "old" not in nothing
+    shape = Shape(32, 8, 16, ((2048, 16),)).to_row()
+    place = {"sms_used": 80, "resident": 1, "bytes_in_flight": 16384, "blocks_per_sm": None}
+    row = {
+        "map": {**shape, **place, "part": "residency", "us": {"off": 20.0, "bulk_1": 16.0}},
+        "profile": {**shape, "counters": {"paper on": {column.name: 16384.0 for column in COLUMNS}}},
+        "first_hour": {"step": "fi-prefetch info", "seconds": {"nvcc": 1.25, "aot": None}},
+    }[stem]
+    for gpu in ("h100", "h200"):
+        (tmp_path / gpu).mkdir()
+        content = {
+            "gpu": f"NVIDIA {gpu.upper()}",
+            "commit": "0123456789abcdef",
+            "complete": gpu == "h100",
+            "rows": [row],
+        }
+        (tmp_path / gpu / f"{stem}.json").write_text(json.dumps(content))
+    made = refresh.with_tables(text)
+    assert made.startswith("Before.\n\n<!-- on every GPU: ") and made.endswith("\n<!-- end -->\n\nAfter.\n")
+    assert "On an NVIDIA H100 (`h100/" in made and "commit `0123456789ab`):" in made
+    assert "On an NVIDIA H200 (`h200/" in made and "commit `0123456789ab`, stopped before its end):" in made
+    assert {"map": "up to 1.25x", "profile": "16,384.0", "first_hour": "| fi-prefetch info | 1.2 | - |"}[stem] in made
     assert refresh.with_tables(made) == made
 
 

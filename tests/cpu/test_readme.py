@@ -317,6 +317,7 @@ def numbers_of(result: dict) -> list[float]:
     from fi_prefetch.bench import report
 
     found = list(leaves(result))
+    found += [row["bytes_in_flight"] >> 10 for row in result.get("rows", []) if row.get("bytes_in_flight")]
     for steps in (row["ms_per_step"] for row in result.get("rows", []) if "ms_per_step" in row):
         others = [time for name, time in steps.items() if name != "fi_prefetch"]
         found += [min(others) / steps["fi_prefetch"]] if others and "fi_prefetch" in steps else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -133,3 +136,58 @@ torch.testing.assert_close(out, torch.ones_like(out))
         command = [sys.executable, "-m", "fi_prefetch.cli", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and expected in done.stdout, done.stdout + done.stderr
+
+
+# ---- the first hour ------------------------------------------------------------------------------------------------
+
+
+def first_hour() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("first_hour", ROOT / "benchmarks" / "first_hour.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_first_hour_is_timed_on_the_wheel_and_where_it_says_so_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}/opt/others")
+    tool, site = first_hour(), tmp_path / "site"
+    machines = [
+        tool.Machine(site, tmp_path / "with"),
+        tool.without_nvcc(site, tmp_path / "without", tmp_path / "kernels"),
+    ]
+    for machine in machines:
+        assert machine.environment["PYTHONPATH"].split(os.pathsep) == [str(site), "/opt/others"], "and no checkout"
+        assert machine.python("-c", "import os; print(os.getcwd())").strip() == str(machine.folder)
+        with pytest.raises(subprocess.CalledProcessError):
+            machine.python("-c", "raise SystemExit(1)")
+    assert [shutil.which("nvcc", path=m.environment["PATH"]) for m in machines] == [str(nvcc), None]
+    assert machines[0].environment["CUDA_HOME"] == str(tmp_path) and "CUDA_HOME" not in machines[1].environment
+    assert machines[0].cache != machines[1].cache and not list(machines[1].cache.iterdir())
+
+
+def test_a_first_hour_that_fails_keeps_what_it_timed_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = first_hour()
+    monkeypatch.setattr(tool.subprocess, "run", lambda *_, **__: None)
+
+    def python(self: object, *arguments: str) -> str:
+        if "build" in arguments:
+            raise subprocess.CalledProcessError(1, "fi-prefetch build")
+        return json.dumps({"gpu": None} if arguments == ("-c", tool.HEADER) else 0.5)
+
+    monkeypatch.setattr(tool.Machine, "python", python)
+    with pytest.raises(subprocess.CalledProcessError):
+        tool.main(tmp_path / "wheel", tmp_path / "first_hour.json")
+    content = json.loads((tmp_path / "first_hour.json").read_text())
+    assert not content["complete"]
+    seconds = {row["step"]: row["seconds"] for row in content["rows"]}
+    assert seconds["the first decode: compiling and loading the kernel"] == {"nvcc": 0.5, "aot": None}
+    assert "fi-prefetch demo" in seconds and not any("build" in step for step in seconds)
