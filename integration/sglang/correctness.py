@@ -168,7 +168,8 @@ def serve(asked: dict[str, Any]) -> None:
             kv_dtype=asked["kv_dtype"],
             dummy=False,
             **ENGINE | asked["arguments"],
-        )
+        ),
+        engines.ENVIRONMENTS.get(asked["backend"]),
     )
     for check, out in asked["out"].items():
         prompts, tokens = requests(check, model)
