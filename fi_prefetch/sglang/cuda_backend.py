@@ -235,16 +235,16 @@ class _DecodePageTable(FlashInferIndicesUpdaterDecode):
             # With lengths on the host SGLang sums them up there, for FlashInfer's planner; our kernel has none.
             super().call_begin_forward(wrapper, **given | {"seq_lens_cpu": None})
             return
+        req_to_token = self.attn_backend.req_to_token_pool.req_to_token
         lengths, tokens = given["paged_kernel_lens"], given["paged_kernel_lens_sum"]
         requests = lengths.shape[0]
         indptr = given["kv_indptr"][: requests + 1]
-        in_graph = wrapper.is_cuda_graph_enabled
         indices = (
             wrapper._paged_kv_indices_buf
-            if in_graph
-            else torch.empty(tokens, dtype=torch.int32, device=self.req_to_token.device)
+            if wrapper.is_cuda_graph_enabled
+            else torch.empty(tokens, dtype=torch.int32, device=req_to_token.device)
         )
-        page_table.fill(self.req_to_token, given["req_pool_indices"], lengths, given["kv_start_idx"], indptr, indices)
+        page_table.fill(req_to_token, given["req_pool_indices"], lengths, given["kv_start_idx"], indptr, indices)
         if given["use_sliding_window_kv_pool"]:
             slots = indices[:tokens]
             slots.copy_(self._swa_kv_pool.translate_loc_from_full_to_swa(slots))

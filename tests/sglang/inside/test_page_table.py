@@ -44,13 +44,16 @@ def updater(
     made.num_qo_heads, made.num_kv_heads, made.head_dim = 6, 2, 64
     made.data_type = made.q_data_type = torch.float32
     made.kv_last_page_len = torch.ones(8, dtype=torch.int32)
-    made.req_to_token = torch.arange(6 * TABLE_WIDTH, dtype=torch.int32).view(6, TABLE_WIDTH)
+    req_to_token = torch.arange(6 * TABLE_WIDTH, dtype=torch.int32).view(6, TABLE_WIDTH)
     made._swa_kv_pool = window_pool
     made.attn_backend = SimpleNamespace(
-        kv_index_translator=translator(made.req_to_token),
+        req_to_token_pool=SimpleNamespace(req_to_token=req_to_token),
+        kv_index_translator=translator(req_to_token),
         enable_deterministic=split_tile_size is not None,
         decode_split_tile_size=split_tile_size,
     )
+    if made.attn_backend.kv_index_translator is None:
+        made.req_to_token = req_to_token  # 0.5.16's updater has it itself
     return made
 
 
