@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "integration" / "sglang"))
 
@@ -468,7 +469,7 @@ def test_comparison_ends_engines_that_hang_or_fail_and_goes_on(
     # What a run before has left is no answer of this one.
     (tmp_path / "load-auto-fa3.json").write_text("{}")
     monkeypatch.setattr(correctness, "__file__", str(script))
-    asked = SimpleNamespace(engine_arguments={}, at_once=True, engine_seconds=15.0)
+    asked = SimpleNamespace(engine_arguments={}, at_once=True, engine_seconds=15.0, tp=1)
     backends, checks = ("fi_prefetch", "flashinfer", "fa3"), ["text", "load"]
     found = correctness.run_engines(tmp_path, checks, backends, ["auto"], asked, tmp_path)
     answered = {"answers": []}
@@ -566,3 +567,30 @@ def test_shapes_are_of_the_models_they_are_named_for(tmp_path: Path) -> None:
             kv_heads,
             128,
         )
+
+
+def attention_of(tensors: dict[str, Any], config: dict[str, Any], x: Any) -> Any:
+    """What a layer's attention gives for a sequence of hidden states."""
+    heads, kv_heads, dim = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    q, k, v = (
+        (x @ tensors[f"model.layers.0.self_attn.{name}_proj.weight"].T).view(len(x), -1, dim).transpose(0, 1)
+        for name in "qkv"
+    )
+    assert (q.shape[0], k.shape[0]) == (heads, kv_heads)
+    k, v = (kv.repeat_interleave(heads // kv_heads, dim=0) for kv in (k, v))
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return attended.transpose(0, 1).reshape(len(x), -1) @ tensors["model.layers.0.self_attn.o_proj.weight"].T
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(1, (9, 3)), (2, (12, 4)), (3, (9, 3)), (8, (24, 8))])
+def test_heads_of_zeros_change_no_answer(gpus: int, expected: tuple[int, int]) -> None:
+    config = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4}
+    shapes = {"q_proj": (36, 10), "k_proj": (12, 10), "v_proj": (12, 10), "o_proj": (10, 36)}
+    tensors = {f"model.layers.0.self_attn.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    tensors["model.norm.weight"] = torch.randn(10)
+    x = torch.randn(7, 10)
+    before = attention_of(tensors, config, x)
+    models.add_heads(tensors, config, gpus)
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == expected
+    torch.testing.assert_close(attention_of(tensors, config, x), before)
+    assert tensors["model.norm.weight"].shape == (10,)
