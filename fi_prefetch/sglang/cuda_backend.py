@@ -7,7 +7,8 @@ get), `indices_updater_decode` with `call_begin_forward` (which fills the page t
 `decode_split_tile_size`, `decode_kv_access`, `req_to_token_pool`.
 
 It leaves out of a decode step what our kernel does not need: the plan on the host, the copy of each layer's queries
-out of the rows that they share with K and V, and all but one of the launches that fill the page table.
+out of the rows that they share with K and V, and all but one of the launches that fill the page table, or convert and
+store a layer's K and V in an e4m3 cache.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend, FlashInferIndicesUpdaterDecode
 from sglang.srt.layers.radix_attention import RadixAttention
 
+from . import kv_store, named_backends, page_table, promises, settings
 from . import layers as model_layers
-from . import named_backends, page_table, promises, settings
 from .decode_wrapper import SELF_SCHEDULING, ServedDecodeWrapper
 from .plugin import NAME
 from .window import AllReduceWindow
@@ -69,7 +70,11 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
             self.decode_wrappers = flashinfers
             logger.warning("fi_prefetch: FlashInfer's kernels decode this model: %s", reason)
             return
-        self.indices_updater_decode = _DecodePageTable(runner, self)
+        self.indices_updater_decode = updater = _DecodePageTable(runner, self)
+        # Where reads are translated, so are the places to write to.
+        self._stores_e4m3 = not updater.reads_are_translated() and kv_store.serves(
+            self.token_to_kv_pool, self.workspace_buffer.device
+        )
         if settings.window() == "all_reduce":
             self._window = AllReduceWindow.open(self, self._layers, runner.server_args)
         self._log_start()
@@ -200,11 +205,23 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
         forward_batch: Any,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        given: Any = _Queries(q) if self._serves else q
+        given: Any = q
+        if self._serves:
+            given = _Queries(q)
+            if save_kv_cache and self._stores_e4m3 and self._is_plain_store(layer, k, v):
+                k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+                kv_store.store(k, v, k_cache, v_cache, forward_batch.out_cache_loc)
+                save_kv_cache = False
         output = super().forward_decode(given, k, v, layer, forward_batch, save_kv_cache)
         if self._window is not None:
             self._window.after_attention(layer)
         return output
+
+    @staticmethod
+    def _is_plain_store(layer: RadixAttention, k: torch.Tensor | None, v: torch.Tensor | None) -> bool:
+        """Whether a layer stores this step's own K and V, and as they are: SGLang divides by a scale first."""
+        scaled = layer.k_scale is not None or layer.v_scale is not None
+        return k is not None and v is not None and not (scaled or layer.is_cross_attention) and kv_store.takes(k, v)
 
 
 class _Queries:
@@ -265,13 +282,13 @@ class _DecodePageTable(FlashInferIndicesUpdaterDecode):
 
     def _table_is_req_to_token(self, given: dict[str, Any]) -> bool:
         """Whether a step's slots are those that `req_to_token` has, or can be made of them without asking the GPU."""
-        if getattr(given["spec_info"], "kv_indptr", None) is not None or self._reads_are_translated():
+        if getattr(given["spec_info"], "kv_indptr", None) is not None or self.reads_are_translated():
             return False
         # Where the window's layers have a pool of their own, slots are translated: as many as the lengths say, which
         # are known here only where they are on the host.
         return not given["use_sliding_window_kv_pool"] or given["seq_lens_cpu"] is not None
 
-    def _reads_are_translated(self) -> bool:
+    def reads_are_translated(self) -> bool:
         """SGLang 0.5.23 may fill the table with the window pool's slots right away."""
         translator = getattr(self.attn_backend, "kv_index_translator", None)
         return translator is not None and translator.reads_are_translated
