@@ -19,8 +19,10 @@ def serves(pool: Any, device: torch.device) -> bool:
     """Whether one of SGLang's pools has rows of e4m3 that `store` can write."""
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-    # Not a pool derived from it: those have other rows, or other places for them.
-    if type(pool) is not MHATokenToKVPool or pool.dtype != torch.float8_e4m3fn or pool.kv_cache_layout != "nhd":
+    # Not a pool derived from it: those have other rows, or other places for them, as a quantized one has.
+    if type(pool) is not MHATokenToKVPool or pool.is_quantized_kv_cache:
+        return False
+    if pool.dtype != torch.float8_e4m3fn or pool.kv_cache_layout != "nhd":
         return False
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= _CAPABILITY
 

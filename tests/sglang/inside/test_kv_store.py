@@ -10,7 +10,7 @@ import torch
 import triton
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, UnquantizedKVCacheMethod
 from triton.backends.compiler import GPUTarget
 
 from fi_prefetch.sglang import kv_store
@@ -20,9 +20,10 @@ E4M3 = torch.float8_e4m3fn
 SLOTS = torch.tensor([3, 0, 7, 8, 1])
 
 
-def pool(kind: type = MHATokenToKVPool, dtype: torch.dtype = E4M3, layout: str = "nhd") -> Any:
+def pool(kind: type = MHATokenToKVPool, dtype: torch.dtype = E4M3, layout: str = "nhd", quantized: bool = False) -> Any:
     made = object.__new__(kind)
     made.dtype, made.kv_cache_layout = dtype, layout
+    made.quant_method = None if quantized else object.__new__(UnquantizedKVCacheMethod)
     return made
 
 
@@ -77,9 +78,10 @@ class Derived(MHATokenToKVPool):
         (pool(dtype=torch.bfloat16), False),
         (pool(dtype=torch.float8_e5m2), False),
         (pool(layout="hnd"), False),
+        (pool(quantized=True), False),
         (SimpleNamespace(dtype=E4M3), False),
     ],
-    ids=["e4m3", "derived", "bf16", "e5m2", "heads first", "another"],
+    ids=["e4m3", "derived", "bf16", "e5m2", "heads first", "quantized", "another"],
 )
 def test_pools_whose_rows_we_know(its_pool: Any, served: bool) -> None:
     assert kv_store.serves(its_pool, torch.device("cpu")) is served
