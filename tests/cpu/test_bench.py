@@ -592,7 +592,7 @@ def test_only_our_own_times_are_compared() -> None:
     others = {"flashinfer_fa2": 9.0, "fa3": 8.0}
     plan = {**SMALL.to_row(), "us": {"fi_prefetch": 10.0, **others}}
     part = {**SMALL.to_row(), "model": "m", "attention_us": {"auto": 10.0, **others}, "us": {"auto": 50.0, **others}}
-    steps = {"model": "m", "tp": 1, "batch": 8, "context": 2048, "kv_dtype": "auto"}
+    steps = {"model": "m", "tp": 1, "batch": 8, "context": 2048, "output": 136, "kv_dtype": "auto"}
     steps["ms_per_step"] = {"fi_prefetch": 6.5, **others}
     alone = {**steps, "ms_per_step": others}
     assert report.times_of(plan) == {f"{SMALL.label}: fi_prefetch": (10.0, 0.0)}
