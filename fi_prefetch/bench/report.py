@@ -135,7 +135,8 @@ def row_label(row: Row) -> str:
     if "step" in row:
         return str(row["step"])
     if "ms_per_step" in row:
-        return f"{row['model']} TP-{row['tp']} {lens_label(step_lens(row))} KV {row['kv_dtype']}"
+        answers = f" answers of {row['output']}" if is_generation(row) else ""
+        return f"{row['model']} TP-{row['tp']} {lens_label(step_lens(row))} KV {row['kv_dtype']}{answers}"
     shape = Shape.from_row(row)
     parts = [row.get("model", ""), shape.label, "" if shape.q_dtype == "bfloat16" else f"q {shape.q_dtype}"]
     parts += [f"{name} {row[name]}" for name in (*ROW_COLUMNS, *GRID_COLUMNS) if row.get(name) is not None]
@@ -146,6 +147,17 @@ def step_lens(row: Row) -> list[list[int]]:
     """The `kv_lens` of a row of SGLang's steps."""
     context = row["context"]
     return context if isinstance(context, list) else [[context, row["batch"]]]
+
+
+def is_generation(row: Row) -> bool:
+    """Whether SGLang answered at more length than it was asked, as in the paper: tokens a second are what it shows.
+    Answers are short where it shows the time of a step at some context."""
+    return row["output"] > max(length for length, _ in step_lens(row))
+
+
+def serves_with_ours(name: str) -> bool:
+    """Whether an SGLang backend in a row decodes with the kernel in this repository, whatever stands beside it."""
+    return "fi_prefetch" in name
 
 
 def is_ours(name: str) -> bool:
@@ -205,7 +217,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     """Draws a grid's times over KV bytes and its speed-ups over batch and length, a map's gain over bytes in flight, or
-    SGLang's decode steps.
+    SGLang's decode steps and long answers.
 
     Returns the PNG files written to `folder`; none for other kinds of files. Raises ImportError, saying what to
     install, where matplotlib is not there, and ValueError where there is nothing to draw.
@@ -219,7 +231,7 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     if any("part" in row for row in result["rows"]):
         return [_plot_map(result, folder / "gain_over_bytes_in_flight.png")]
     if any("ms_per_step" in row for row in result["rows"]):
-        return [_plot_steps(result, folder / "step_against_the_others.png")]
+        return _plot_serving(result, folder)
     rows = [row for row in result["rows"] if row.get("fi_prefetch_us") is not None]
     written = [_plot_times(rows, result, folder / "time_over_kv_bytes.png")] if rows else []
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -235,34 +247,114 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def _plot_steps(result: dict[str, Any], path: Path) -> Path:
-    """How long a decode step takes with each of the other backends, against ours."""
+def _plot_serving(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Decode steps in one plot; long answers in others, over backends as over batch and answer."""
+    compared = [row for row in result["rows"] if "fi_prefetch" in row["ms_per_step"] and len(row["ms_per_step"]) > 1]
+    if not compared:
+        raise ValueError("there is no other backend's step to draw ours against")
+    steps = [row for row in compared if not is_generation(row)]
+    generations = [row for row in compared if is_generation(row)]
+    written = []
+    if steps:
+        written.append(_plot_steps(steps, result, folder / "step_against_the_others.png"))
+    if generations:
+        written.append(_plot_tokens(generations, result, folder / "tokens_a_second.png"))
+    if any(len(rows) > 1 for rows in _sweeps(generations).values()):
+        written.append(_plot_sweeps(generations, result, folder / "speedup_over_batch_and_answer.png"))
+    return written
+
+
+def _served_bars(
+    cases: Sequence[tuple[str, dict[str, float]]], names: Sequence[str], result: dict[str, Any], xlabel: str
+) -> tuple[Any, Any]:
+    """A figure and its axes, with a bar for each backend of each case."""
     from matplotlib import pyplot
 
-    from .tables import sglang
-
-    cases = [
-        (" ".join(line[:3]), row["ms_per_step"])
-        for line, row in zip(sglang(result).rows, result["rows"], strict=True)
-        if len(row["ms_per_step"]) > 1 and "fi_prefetch" in row["ms_per_step"]
-    ]
-    if not cases:
-        raise ValueError("there is no other backend's step to draw ours against")
-    names = sorted({name for _, steps in cases for name in steps} - {"fi_prefetch"})
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.5 * len(cases)))
+    figure, axes = pyplot.subplots(figsize=(8, 1 + (0.3 + 0.1 * len(names)) * len(cases)))
     for i, name in enumerate(names):
-        places = [place + 0.8 * i / len(names) for place, (_, steps) in enumerate(cases) if name in steps]
-        ratios = [steps[name] / steps["fi_prefetch"] for _, steps in cases if name in steps]
-        axes.barh(places, ratios, height=0.7 / len(names), label=name)
-    axes.axvline(1.0, color="k", linewidth=0.8)
+        bars = [
+            (place + 0.8 * i / len(names), values[name]) for place, (_, values) in enumerate(cases) if name in values
+        ]
+        axes.barh([place for place, _ in bars], [value for _, value in bars], height=0.7 / len(names), label=name)
     axes.set_yticks([place + 0.4 * (len(names) - 1) / len(names) for place in range(len(cases))], [x for x, _ in cases])
     axes.invert_yaxis()
-    axes.set(
-        xlabel="a decode step's time, against fi_prefetch's", title=f"SGLang {result.get('sglang')}, {result['gpu']}"
-    )
+    axes.set(xlabel=xlabel, title=f"SGLang {result.get('sglang')}, {result['gpu']}")
+    return figure, axes
+
+
+def _plot_steps(rows: Sequence[Row], result: dict[str, Any], path: Path) -> Path:
+    """How long a decode step takes with each of the other backends, against ours."""
+    cases = [
+        (
+            _served_label(row),
+            {name: time / row["ms_per_step"]["fi_prefetch"] for name, time in row["ms_per_step"].items()},
+        )
+        for row in rows
+    ]
+    names = sorted({name for _, ratios in cases for name in ratios} - {"fi_prefetch"})
+    figure, axes = _served_bars(cases, names, result, "a decode step's time, against fi_prefetch's")
+    axes.axvline(1.0, color="k", linewidth=0.8)
     axes.legend()
     _save(figure, path, result)
     return path
+
+
+def _plot_tokens(rows: Sequence[Row], result: dict[str, Any], path: Path) -> Path:
+    """Tokens a second by backend, of long answers."""
+    cases = [(f"{_served_label(row)}, answers of {row['output']}", row["tokens_per_s"]) for row in rows]
+    names = sorted({name for _, values in cases for name in values}, key=lambda name: (name != "fi_prefetch", name))
+    figure, axes = _served_bars(cases, names, result, "output tokens a second")
+    axes.legend()
+    _save(figure, path, result)
+    return path
+
+
+def _sweeps(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows that differ in the batch alone, and rows that differ in the answer alone, each in order."""
+    from .tables import served_model
+
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for what, other in (("batch", "output"), ("output", "batch")):
+        for row in sorted(rows, key=lambda row: row[what]):
+            found.setdefault((what, served_model(row), row["kv_dtype"], row[other]), []).append(row)
+    return found
+
+
+def _plot_sweeps(rows: Sequence[Row], result: dict[str, Any], path: Path) -> Path:
+    """The speed-up in tokens a second over each of the other backends: over the batch, and over the answer's length."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axes, what, other, label in zip(
+        panels, ("batch", "output"), ("answers of {} tokens", "batch {}"), ("batch", "tokens an answer"), strict=True
+    ):
+        for (over, model, kv_dtype, fixed), members in _sweeps(rows).items():
+            if over != what or len(members) < 2:
+                continue
+            for name in sorted({name for row in members for name in row["tokens_per_s"] if not serves_with_ours(name)}):
+                points = [
+                    (row[what], row["tokens_per_s"]["fi_prefetch"] / row["tokens_per_s"][name])
+                    for row in members
+                    if name in row["tokens_per_s"]
+                ]
+                kv = "" if kv_dtype == "auto" else f", KV {kv_dtype}"
+                text = f"{model}{kv}, {other.format(fixed)}, over {name}"
+                axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=text)
+        axes.axhline(1.0, color="k", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel=label)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    panels[0].set_ylabel("speed-up in output tokens a second")
+    figure.suptitle(f"SGLang {result.get('sglang')}, {result['gpu']}")
+    _save(figure, path, result)
+    return path
+
+
+def _served_label(row: Row) -> str:
+    from .tables import batch, cache_name, served_model
+
+    return f"{served_model(row)} {cache_name(row['kv_dtype'])} {batch({'kv_lens': step_lens(row)})}"
 
 
 def _plot_map(result: dict[str, Any], path: Path) -> Path:

@@ -223,22 +223,66 @@ def tuning(result: dict[str, Any]) -> Table:
     return Table("Grids", columns, lines, words=3)
 
 
+def served_model(row: Row) -> str:
+    """For example `llama-3-8b` or `llama-3-8b TP-2`."""
+    return row["model"] + ("" if row["tp"] == 1 else f" TP-{row['tp']}")
+
+
+def fastest_other(row: Row) -> str | None:
+    """The backend without our kernel that takes least for a decode step of a row; None where none was measured."""
+    others = {name: time for name, time in row["ms_per_step"].items() if not report.serves_with_ours(name)}
+    return min(others, key=others.__getitem__) if others else None
+
+
+def arrived(row: Row) -> float | None:
+    """What a decode step gained over the fastest other's, as a share of what attention gained.
+
+    None where attention was not profiled, or gained too little to be a measure: 1 % of a step is what steps vary by.
+    """
+    steps, attention, other = row["ms_per_step"], row["attention_ms"], fastest_other(row)
+    if other is None or attention.get(other) is None or attention.get("fi_prefetch") is None:
+        return None
+    gain = attention[other] - attention["fi_prefetch"]
+    return (steps[other] - steps["fi_prefetch"]) / gain if gain > 0.01 * steps[other] else None
+
+
 def sglang(result: dict[str, Any]) -> Table:
     """A decode step of SGLang's engine, by attention backend."""
-    names = list(dict.fromkeys(name for row in result["rows"] for name in row["ms_per_step"]))
+    rows = [row for row in result["rows"] if not report.is_generation(row)]
+    names = list(dict.fromkeys(name for row in rows for name in row["ms_per_step"]))
     lines = []
-    for row in result["rows"]:
-        steps = row["ms_per_step"]
-        share = "-" if row["attention_share"] is None else f"{row['attention_share']:.0%}"
-        others = [time for name, time in steps.items() if name != "fi_prefetch"]
-        factor = f"{min(others) / steps['fi_prefetch']:.3f}" if others and "fi_prefetch" in steps else "-"
-        model = row["model"] + ("" if row["tp"] == 1 else f" TP-{row['tp']}")
+    for row in rows:
+        steps, other, share = row["ms_per_step"], fastest_other(row), arrived(row)
         times = (f"{steps[name]:.2f}" if name in steps else "-" for name in names)
         lines.append(
-            (model, cache_name(row["kv_dtype"]), batch({"kv_lens": report.step_lens(row)}), *times, factor, share)
+            (
+                served_model(row),
+                cache_name(row["kv_dtype"]),
+                batch({"kv_lens": report.step_lens(row)}),
+                *times,
+                f"{steps[other] / steps['fi_prefetch']:.3f}" if other and "fi_prefetch" in steps else "-",
+                "-" if row["attention_share"] is None else f"{row['attention_share']:.0%}",
+                "-" if share is None else f"{share:.0%}",
+            )
         )
-    columns = ("model", "KV", "batch", *names, "speed-up", "attention's share")
+    columns = ("model", "KV", "batch", *names, "speed-up", "attention's share", "arrived")
     return Table("A decode step in SGLang, ms", columns, lines, words=3)
+
+
+def generation(result: dict[str, Any]) -> Table:
+    """Output tokens a second of SGLang's engine for long answers, by attention backend."""
+    rows = [row for row in result["rows"] if report.is_generation(row)]
+    names = list(dict.fromkeys(name for row in rows for name in row["tokens_per_s"]))
+    lines = []
+    for row in rows:
+        tokens = row["tokens_per_s"]
+        others = [value for name, value in tokens.items() if not report.serves_with_ours(name)]
+        values = (f"{tokens[name]:.0f}" if name in tokens else "-" for name in names)
+        factor = f"{tokens['fi_prefetch'] / max(others):.3f}" if others and "fi_prefetch" in tokens else "-"
+        case = (served_model(row), cache_name(row["kv_dtype"]), batch({"kv_lens": report.step_lens(row)}))
+        lines.append((*case, str(row["output"]), *values, factor))
+    columns = ("model", "KV", "prompts", "answers of", *names, "speed-up")
+    return Table("Long answers in SGLang, output tokens a second", columns, lines, words=3)
 
 
 def answers(result: dict[str, Any]) -> Table:
@@ -332,6 +376,7 @@ VIEWS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "plan-time": plan_time,
     "tuning": tuning,
     "sglang": sglang,
+    "generation": generation,
     "answers": answers,
     "gains-paper": functools.partial(gains, part="residency"),
     "gains-ours": functools.partial(gains, part="ours"),
@@ -348,7 +393,7 @@ OF_KIND = {
     "window": ("window",),
     "plan_time": ("plan-time",),
     "tuning": ("tuning",),
-    "sglang": ("sglang",),
+    "sglang": ("sglang", "generation"),
     "sglang_correctness": ("answers",),
     "map": ("gains-paper", "gains-ours", "gains-flashinfer", "paper"),
     "profile": ("profile",),

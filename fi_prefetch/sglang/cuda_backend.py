@@ -5,6 +5,10 @@ What it takes from SGLang beyond the public `AttentionBackend`, all in `flashinf
 get), `indices_updater_decode` with `call_begin_forward` (which fills the page table and plans), `_get_wrapper_idx`
 (which of two wrappers a layer uses), and `decode_uses_dequant_workspace`, `enable_deterministic`,
 `decode_split_tile_size`, `decode_kv_access`, `req_to_token_pool`.
+
+It leaves out of a decode step what our kernel does not need: the plan on the host, the copy of each layer's queries
+out of the rows that they share with K and V, and all but one of the launches that fill the page table, or convert and
+store a layer's K and V in an e4m3 cache.
 """
 
 from __future__ import annotations
@@ -17,8 +21,8 @@ import torch
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend, FlashInferIndicesUpdaterDecode
 from sglang.srt.layers.radix_attention import RadixAttention
 
+from . import kv_store, named_backends, page_table, promises, settings
 from . import layers as model_layers
-from . import named_backends, promises, settings
 from .decode_wrapper import SELF_SCHEDULING, ServedDecodeWrapper
 from .plugin import NAME
 from .window import AllReduceWindow
@@ -27,7 +31,10 @@ logger = logging.getLogger("fi_prefetch")
 
 # self and the wrapper come first; SGLang passes the others by position or by name.
 _PARAMETERS = list(inspect.signature(FlashInferIndicesUpdaterDecode.call_begin_forward).parameters)[2:]
-_NEEDED = ("paged_kernel_lens_sum", "seq_lens_cpu", "use_sliding_window_kv_pool")
+_NEEDED = (
+    "req_pool_indices", "paged_kernel_lens", "paged_kernel_lens_sum", "kv_indptr", "kv_start_idx", "spec_info",
+    "seq_lens_cpu", "use_sliding_window_kv_pool",
+)  # fmt: skip
 if not set(_NEEDED) <= set(_PARAMETERS) or not hasattr(FlashInferAttnBackend, "_create_decode_wrappers"):
     raise RuntimeError(
         "--attention-backend fi_prefetch: this SGLang release's FlashInfer backend is not one that fi_prefetch knows "
@@ -63,7 +70,11 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
             self.decode_wrappers = flashinfers
             logger.warning("fi_prefetch: FlashInfer's kernels decode this model: %s", reason)
             return
-        self.indices_updater_decode = _DecodePageTable(runner, self)
+        self.indices_updater_decode = updater = _DecodePageTable(runner, self)
+        # Where reads are translated, so are the places to write to.
+        self._stores_e4m3 = not updater.reads_are_translated() and kv_store.serves(
+            self.token_to_kv_pool, self.workspace_buffer.device
+        )
         if settings.window() == "all_reduce":
             self._window = AllReduceWindow.open(self, self._layers, runner.server_args)
         self._log_start()
@@ -194,36 +205,90 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
         forward_batch: Any,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        output = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        given: Any = q
+        if self._serves:
+            given = _Queries(q)
+            if save_kv_cache and self._stores_e4m3 and self._is_plain_store(layer, k, v):
+                k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+                kv_store.store(k, v, k_cache, v_cache, forward_batch.out_cache_loc)
+                save_kv_cache = False
+        output = super().forward_decode(given, k, v, layer, forward_batch, save_kv_cache)
         if self._window is not None:
             self._window.after_attention(layer)
         return output
+
+    @staticmethod
+    def _is_plain_store(layer: RadixAttention, k: torch.Tensor | None, v: torch.Tensor | None) -> bool:
+        """Whether a layer stores this step's own K and V, and as they are: SGLang divides by a scale first."""
+        scaled = layer.k_scale is not None or layer.v_scale is not None
+        return k is not None and v is not None and not (scaled or layer.is_cross_attention) and kv_store.takes(k, v)
+
+
+class _Queries:
+    """Queries that SGLang's `forward_decode` makes contiguous before it passes them on, and need not.
+
+    A model's layer has them in rows of its query, key and value projection. The kernel reads them there: a copy would
+    cost each layer a launch, between the kernel that writes K and V and ours, which could not begin beside it then.
+    """
+
+    def __init__(self, q: torch.Tensor) -> None:
+        self._q = q
+
+    def contiguous(self) -> torch.Tensor:
+        # Of one row, only what is inside of it counts.
+        return self._q if self._q[:1].is_contiguous() else self._q.contiguous()
 
 
 class _DecodePageTable(FlashInferIndicesUpdaterDecode):
     """Fills a decode step's page table on the device, without what SGLang computes on the host for FlashInfer."""
 
     def call_begin_forward(self, wrapper: Any, *args: Any, **kwargs: Any) -> None:
-        given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+        given = {"use_sliding_window_kv_pool": False} | dict(zip(_PARAMETERS, args, strict=False)) | kwargs
         if self.attn_backend.enable_deterministic:
             # SGLang asks for none inside CUDA graphs, where FlashInfer's planner could not place splits. Our kernel
             # cuts on the device, so a step in a graph gives the same bits as one outside.
             given |= {"fixed_split_size": self.attn_backend.decode_split_tile_size, "disable_split_kv": False}
-        # With lengths on the host SGLang sums them up there, for FlashInfer's planner; our kernel has none.
-        lengths, given["seq_lens_cpu"] = given["seq_lens_cpu"], None
-        # Where the window's layers have a pool of their own, SGLang translates as many slots as the GPU says there are,
-        # which waits for the GPU. The number is known here whenever the lengths are.
-        translate = (
-            given.get("use_sliding_window_kv_pool", False) and lengths is not None and not self._reads_are_translated()
+        if not self._table_is_req_to_token(given):
+            # With lengths on the host SGLang sums them up there, for FlashInfer's planner; our kernel has none.
+            super().call_begin_forward(wrapper, **given | {"seq_lens_cpu": None})
+            return
+        req_to_token = self.attn_backend.req_to_token_pool.req_to_token
+        lengths, tokens = given["paged_kernel_lens"], given["paged_kernel_lens_sum"]
+        requests = lengths.shape[0]
+        indptr = given["kv_indptr"][: requests + 1]
+        indices = (
+            wrapper._paged_kv_indices_buf
+            if wrapper.is_cuda_graph_enabled
+            else torch.empty(tokens, dtype=torch.int32, device=req_to_token.device)
         )
-        if translate:
-            given["use_sliding_window_kv_pool"] = False
-        super().call_begin_forward(wrapper, **given)
-        if translate:
-            slots = wrapper._paged_kv_indices_buf[: given["paged_kernel_lens_sum"]]
+        page_table.fill(req_to_token, given["req_pool_indices"], lengths, given["kv_start_idx"], indptr, indices)
+        if given["use_sliding_window_kv_pool"]:
+            slots = indices[:tokens]
             slots.copy_(self._swa_kv_pool.translate_loc_from_full_to_swa(slots))
+        wrapper.begin_forward(
+            indptr,
+            indices,
+            self.kv_last_page_len[:requests],
+            self.num_qo_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            1,
+            data_type=self.data_type,
+            q_data_type=self.q_data_type,
+            non_blocking=True,
+            fixed_split_size=given.get("fixed_split_size"),
+            disable_split_kv=given.get("disable_split_kv") or False,
+        )
 
-    def _reads_are_translated(self) -> bool:
+    def _table_is_req_to_token(self, given: dict[str, Any]) -> bool:
+        """Whether a step's slots are those that `req_to_token` has, or can be made of them without asking the GPU."""
+        if getattr(given["spec_info"], "kv_indptr", None) is not None or self.reads_are_translated():
+            return False
+        # Where the window's layers have a pool of their own, slots are translated: as many as the lengths say, which
+        # are known here only where they are on the host.
+        return not given["use_sliding_window_kv_pool"] or given["seq_lens_cpu"] is not None
+
+    def reads_are_translated(self) -> bool:
         """SGLang 0.5.23 may fill the table with the window pool's slots right away."""
         translator = getattr(self.attn_backend, "kv_index_translator", None)
         return translator is not None and translator.reads_are_translated

@@ -23,6 +23,9 @@ finished request writes at that request's end, in this stream. Padded rows of a 
 belongs to nobody. Two-batch overlap runs the layers of two halves of a batch in turns, in this stream: each half writes
 its own requests' newest tokens. A layer that reads another layer's KV, or an encoder's, writes nothing.
 
+**Queries** are not in the promise: they are read after the wait. Where the kernel that wrote them is not the one before
+ours, that one, the store of K and V, has itself waited for it.
+
 It is not true where the KV that attention reads is a workspace that the layer fills in the step (4-bit caches), and not
 obviously true where prefill and decode run in different streams of one GPU (PD multiplexing).
 """

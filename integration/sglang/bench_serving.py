@@ -10,8 +10,9 @@ the rows say under `missing` why they lack its numbers. Timing, for each batch:
 
 - tokens a second: a batch of new prompts, prefill and all, to its last token;
 - ms a step: the same prompts again, now in SGLang's radix cache, with a short and with a long answer. Both pay the same
-  for what is not decoding, so their difference is decode steps alone; the least of several repeats counts;
-- attention: the time of the attention kernels in a step, from a profile of a few steps.
+  for what is not decoding, so their difference is decode steps alone; the least of several repeats counts. Answers of
+  1,024 tokens and more are timed once, and the short one with an empty cache, as they are: prefill hardly counts;
+- attention: what the attention kernels add to a step, from a profile of a few more, after the timing.
 
 What is worth most comes first, so that a run that is cut off (`--minutes`, `--engine-seconds`) still compares.
 """
@@ -22,6 +23,7 @@ import argparse
 import contextlib
 import gzip
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -40,6 +42,8 @@ import models  # noqa: E402
 
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 SHORT = 8
+# Answers of so many tokens are timed once.
+LONG = 1024
 # Tokens of the answers that a profile is made of.
 PROFILED = 12
 # For an engine's process to end when it has said all.
@@ -157,16 +161,27 @@ def flush(engine: Any) -> None:
 
 
 def step_durations(events: list[dict[str, Any]], pattern: Any, layers: int) -> list[float]:
-    """Microseconds that each decode step of a profile spent in the kernels that `pattern` finds.
+    """Microseconds that the kernels which `pattern` finds added to each decode step of a profile.
 
     A step is one CUDA graph, all of whose kernels carry the number of its launch; a kernel of the prefill has a number
-    of its own.
+    of its own. Under programmatic dependent launch a kernel begins while the one before it still runs, and waits for
+    it: that time is not its own.
     """
-    launches: dict[Any, list[float]] = {}
+    launches: dict[Any, list[dict[str, Any]]] = {}
     for event in events:
-        if event.get("cat") == "kernel" and pattern.search(event["name"]):
-            launches.setdefault(event["args"].get("correlation"), []).append(event["dur"])
-    return [sum(durations) for durations in launches.values() if len(durations) >= layers]
+        if event.get("cat") == "kernel":
+            launches.setdefault(event["args"].get("correlation"), []).append(event)
+    steps = []
+    for kernels in launches.values():
+        added, until = [], -math.inf
+        for event in sorted(kernels, key=lambda event: event["ts"]):
+            end = event["ts"] + event["dur"]
+            if pattern.search(event["name"]):
+                added.append(max(0.0, end - max(event["ts"], until)))
+            until = max(until, end)
+        if len(added) >= layers:
+            steps.append(sum(added))
+    return steps
 
 
 def attention_ms(engine: Any, backend: str, prompts: list[list[int]], layers: int) -> float | None:
@@ -194,12 +209,18 @@ def prompts_of(case: Case) -> list[list[int]]:
 def time_case(engine: Any, case: Case, repeats: int) -> dict[str, Any]:
     """Tokens a second and milliseconds a step of one case on one engine."""
     prompts = prompts_of(case)
-    flush(engine)
-    seconds = generate(engine, prompts, case.output)
-    short = min(generate(engine, prompts, SHORT) for _ in range(repeats))
-    long = min(generate(engine, prompts, case.output) for _ in range(repeats if case.output <= 512 else 1))
+    if case.output >= LONG:
+        flush(engine)
+        short = generate(engine, prompts, SHORT)
+        flush(engine)
+        long = cold = generate(engine, prompts, case.output)
+    else:
+        flush(engine)
+        cold = generate(engine, prompts, case.output)
+        short = min(generate(engine, prompts, SHORT) for _ in range(repeats))
+        long = min(generate(engine, prompts, case.output) for _ in range(repeats))
     return {
-        "tokens_per_s": case.batch * case.output / seconds,
+        "tokens_per_s": case.batch * case.output / cold,
         "ms_per_step": (long - short) / (case.output - SHORT) * 1000,
     }
 
@@ -228,7 +249,8 @@ def serve(asked: dict[str, Any]) -> None:
                 tp=cases[0].tp,
                 max_running_requests=max(case.batch for case in cases),
                 **asked["arguments"],
-            )
+            ),
+            engines.ENVIRONMENTS.get(asked["backend"]),
         )
         print(f"started in {time.perf_counter() - began:.1f} s", flush=True)
         warm_up(engine, shape["vocab_size"], longest - max(case.output for case in cases))

@@ -13,6 +13,8 @@ chunked prefill and with prefixes that come from the radix cache. The engines of
 
 http    A server started with the flag answers over HTTP.
 
+With --tp each engine has several GPUs, and its own names in the result file; http has one.
+
 Two answers are compared up to the first position where they part, by the log-probabilities of their tokens; to part is
 to differ there by half the gap to the second token, the lesser of the two gaps. How far two right backends are apart is
 not known ahead: a small model with an 8-bit cache that is not scaled has differences of 0.01 as a rule and, rarely, of
@@ -166,9 +168,11 @@ def serve(asked: dict[str, Any]) -> None:
             graph_batches=[1, 2, 4, 8, 16, 32, 64, 128],
             context_length=2048,
             kv_dtype=asked["kv_dtype"],
+            tp=asked["tp"],
             dummy=False,
             **ENGINE | asked["arguments"],
-        )
+        ),
+        engines.ENVIRONMENTS.get(asked["backend"]),
     )
     for check, out in asked["out"].items():
         prompts, tokens = requests(check, model)
@@ -210,13 +214,13 @@ def files_of(folder: Path, checks: Sequence[str], backend: str, kv_dtype: str) -
 
 
 def ask_engine(
-    model: Path, checks: Sequence[str], backend: str, kv_dtype: str, arguments: dict[str, Any], folder: Path
+    model: Path, checks: Sequence[str], backend: str, kv_dtype: str, tp: int, arguments: dict[str, Any], folder: Path
 ) -> list[str]:
     """The command of one engine."""
     out, log = files_of(folder, checks, backend, kv_dtype)
     for path in (*out.values(), log):
         path.unlink(missing_ok=True)  # of a run before
-    asked = {"model": str(model), "backend": backend, "kv_dtype": kv_dtype, "arguments": arguments}
+    asked = {"model": str(model), "backend": backend, "kv_dtype": kv_dtype, "tp": tp, "arguments": arguments}
     asked["out"] = {check: str(path) for check, path in out.items()}
     return [sys.executable, __file__, "--serve", json.dumps(asked)]
 
@@ -227,7 +231,9 @@ def run_engines(
     """What the engine of each (KV dtype, backend) answered, all of them running at once or one after another."""
     pairs = [(kv_dtype, backend) for kv_dtype in kv_dtypes for backend in backends]
     commands = {
-        (kv_dtype, backend): ask_engine(model, checks, backend, kv_dtype, asked.engine_arguments | ports, folder)
+        (kv_dtype, backend): ask_engine(
+            model, checks, backend, kv_dtype, asked.tp, asked.engine_arguments | ports, folder
+        )
         for (kv_dtype, backend), ports in zip(pairs, map(ports_of, range(len(pairs))), strict=True)
     }
     found: Engines = {}
@@ -649,6 +655,7 @@ def main() -> int:
         "--backends", nargs="+", choices=engines.BACKENDS, help="to compare with, SGLang's own as a rule"
     )
     parser.add_argument("--kv-dtypes", nargs="+", choices=NOISE, default=list(NOISE))
+    parser.add_argument("--tp", type=int, default=1, help="GPUs for each engine")
     parser.add_argument("--one-at-a-time", dest="at_once", action="store_false", help="no two engines at once")
     parser.add_argument("--engine-seconds", type=float, default=1800, help="the most that engines may take")
     parser.add_argument("--engine-arguments", type=json.loads, default={}, help="JSON; more for sglang.Engine")
@@ -699,13 +706,14 @@ def report(found: Iterator[tuple[str, dict[str, Any]]], path: Path, content: dic
 
 def checked(asked: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names of checks, each with what was found."""
-    model = models.write_smollm2(folder)
+    model = models.write_smollm2(folder, asked.tp)
     checks = [check for check in ENGINE_CHECKS if check in asked.checks]
     if checks:
         found = run_engines(model, checks, (OURS, *asked.backends), asked.kv_dtypes, asked, folder)
         for check in checks:
             for kv_dtype in asked.kv_dtypes:
-                yield check, compare_backends(check, kv_dtype, found, asked.backends)
+                name = check if asked.tp == 1 else f"{check}, {asked.tp} GPUs"
+                yield name, compare_backends(check, kv_dtype, found, asked.backends)
     if "http" in asked.checks:
         yield "http", check_http(model, folder)
 

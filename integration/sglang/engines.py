@@ -9,7 +9,7 @@ import random
 import re
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ from typing import Any
 # under the longer name.
 BACKENDS: dict[str, dict[str, str]] = {
     "fi_prefetch": {"attention_backend": "fi_prefetch"},
+    "fi_prefetch+window": {"attention_backend": "fi_prefetch"},
     "fa3+fi_prefetch": {"prefill_attention_backend": "fa3", "decode_attention_backend": "fi_prefetch"},
     "fa3": {"attention_backend": "fa3"},
     "flashinfer": {"attention_backend": "flashinfer"},
     "triton": {"attention_backend": "triton"},
 }
+# Variables that an engine of a name needs besides.
+ENVIRONMENTS: dict[str, dict[str, str]] = {"fi_prefetch+window": {"FI_PREFETCH_SGLANG_WINDOW": "all_reduce"}}
 # Names of the kernels that a decode step's attention consists of, for reading profiles.
 ATTENTION_KERNELS: dict[str, re.Pattern[str]] = {
     "fi_prefetch": re.compile(r"\bdecode_kernel\b"),
+    "fi_prefetch+window": re.compile(r"\bdecode_kernel\b"),
     "fa3+fi_prefetch": re.compile(r"\bdecode_kernel\b"),
     "fa3": re.compile(r"FlashAttnFwd|FlashAttnFwdCombine|prepare_varlen_num_blocks"),
     "flashinfer": re.compile(r"BatchDecodeWithPagedKVCache|BatchPrefillWithPagedKVCache|VariableLengthMergeStates"),
@@ -76,9 +80,13 @@ def arguments(
     return chosen | more
 
 
-def start(chosen: dict[str, Any]) -> Any:
-    """A running engine. Call it under `if __name__ == "__main__":`, for SGLang spawns processes."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+def start(chosen: dict[str, Any], environment: Mapping[str, str] | None = None) -> Any:
+    """A running engine. Call it under `if __name__ == "__main__":`, for SGLang spawns processes.
+
+    Args:
+        environment: one of ENVIRONMENTS, where the backend has one.
+    """
+    os.environ |= {"HF_HUB_OFFLINE": "1"} | dict(environment or {})
     os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(unused_model_files()))
     if chosen.get("tp_size", 1) > 1:
         os.environ |= NO_MULTICAST

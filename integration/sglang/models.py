@@ -70,14 +70,19 @@ def find_smollm2() -> Path:
     return found[0]
 
 
-def write_smollm2(folder: Path) -> Path:
-    """Writes SmolLM2-135M-Instruct with its tokenizer as a bfloat16 checkpoint into folder/SMOLLM2; that folder."""
+def write_smollm2(folder: Path, gpus: int = 1) -> Path:
+    """Writes SmolLM2-135M-Instruct with its tokenizer as a bfloat16 checkpoint into a folder of `folder`; that folder.
+
+    Args:
+        gpus: how many tensor-parallel ranks the heads must go round for. It has nine, and three of K and V, and gets
+            heads of zeros for the rest, which add nothing to what it answers.
+    """
     import torch
     from gguf import GGUFReader, dequantize
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    target = folder / SMOLLM2
+    target = folder / (SMOLLM2 if gpus == 1 else f"{SMOLLM2}-for-{gpus}-gpus")
     if (target / "model.safetensors").exists():
         return target
     weights = find_smollm2()
@@ -90,11 +95,30 @@ def write_smollm2(folder: Path) -> Path:
         name, heads = _llama_name(tensor.name, config)
         tensors[name] = (_halves(values, heads) if heads else values).to(torch.bfloat16).contiguous()
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    add_heads(tensors, config, gpus)
     target.mkdir(parents=True, exist_ok=True)
     AutoTokenizer.from_pretrained(str(weights.parent), gguf_file=weights.name).save_pretrained(str(target))
     (target / "config.json").write_text(json.dumps(config, indent=2))
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def add_heads(tensors: dict[str, Any], config: dict[str, Any], gpus: int) -> None:
+    """Heads of zeros, whole groups, until `gpus` ranks can have as many each. Their attention is the mean of zeros, and
+    the output projection takes nothing from them."""
+    from torch.nn.functional import pad
+
+    heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    more = -kv_heads % gpus
+    kv_rows, rows = more * head_dim, more * heads // kv_heads * head_dim
+    for name, weight in tensors.items():
+        projection = name.split(".")[-2]
+        if projection in ("q_proj", "k_proj", "v_proj"):
+            tensors[name] = pad(weight, (0, 0, 0, rows if projection == "q_proj" else kv_rows))
+        elif projection == "o_proj":
+            tensors[name] = pad(weight, (0, rows))
+    config["num_attention_heads"] += rows // head_dim
+    config["num_key_value_heads"] += more
 
 
 def _llama_config(reader: Any) -> dict[str, Any]:

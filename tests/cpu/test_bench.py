@@ -605,7 +605,7 @@ def test_only_our_own_times_are_compared() -> None:
     others = {"flashinfer_fa2": 9.0, "fa3": 8.0}
     plan = {**SMALL.to_row(), "us": {"fi_prefetch": 10.0, **others}}
     part = {**SMALL.to_row(), "model": "m", "attention_us": {"auto": 10.0, **others}, "us": {"auto": 50.0, **others}}
-    steps = {"model": "m", "tp": 1, "batch": 8, "context": 2048, "kv_dtype": "auto"}
+    steps = {"model": "m", "tp": 1, "batch": 8, "context": 2048, "output": 136, "kv_dtype": "auto"}
     steps["ms_per_step"] = {"fi_prefetch": 6.5, **others}
     alone = {**steps, "ms_per_step": others}
     assert report.times_of(plan) == {f"{SMALL.label}: fi_prefetch": (10.0, 0.0)}
@@ -659,23 +659,68 @@ def test_classes_and_losses_are_in_words_what_the_rows_say() -> None:
     assert tables.losses(result).markdown().startswith("| heads | page | batch | KV |")
 
 
+SERVED: dict[str, Any] = {
+    "model": "llama-3-8b", "tp": 1, "batch": 16, "context": 2048, "output": 136, "kv_dtype": "auto",
+    "tokens_per_s": {}, "attention_ms": {}, "attention_share": None,
+}  # fmt: skip
+
+
 def test_sglangs_steps_give_a_table_and_a_plot(tmp_path: Path) -> None:
-    row = {"model": "llama-3-8b", "tp": 1, "batch": 16, "context": 2048, "kv_dtype": "auto", "attention_share": 0.214}
-    both = {**row, "ms_per_step": {"fi_prefetch": 8.0, "fa3": 10.0, "flashinfer": 9.0}}
-    alone = {**row, "tp": 2, "context": [[65536, 1], [4096, 31]], "kv_dtype": "fp8_e4m3", "attention_share": None}
+    both = SERVED | {"attention_share": 0.214, "ms_per_step": {"fi_prefetch": 8.0, "fa3": 10.0, "flashinfer": 9.0}}
+    # Ours in other company is none of the others.
+    both["ms_per_step"]["fi_prefetch+window"] = 7.5
+    both["attention_ms"] = {"fi_prefetch": 1.5, "fa3": 2.0, "flashinfer": 2.75}
+    alone = SERVED | {"tp": 2, "context": [[65536, 1], [4096, 31]], "kv_dtype": "fp8_e4m3"}
     alone["ms_per_step"] = {"fi_prefetch": 7.126}
     result = {**HEADER, "rows": [both, alone]}
     assert tables.kind_of(result) == "sglang"
     [table] = tables.tables(result)
-    assert list(table.columns[3:6]) == ["fi_prefetch", "fa3", "flashinfer"]
+    assert list(table.columns[3:7]) == ["fi_prefetch", "fa3", "flashinfer", "fi_prefetch+window"]
     assert [list(line) for line in table.rows] == [
-        ["llama-3-8b", "bf16", "16 x 2K", "8.00", "10.00", "9.00", "1.125", "21%"],
-        ["llama-3-8b TP-2", "fp8", "1 x 64K + 31 x 4K", "7.13", "-", "-", "-", "-"],
+        ["llama-3-8b", "bf16", "16 x 2K", "8.00", "10.00", "9.00", "7.50", "1.125", "21%", "80%"],
+        ["llama-3-8b TP-2", "fp8", "1 x 64K + 31 x 4K", "7.13", "-", "-", "-", "-", "-", "-"],
     ]
     [picture] = report.plot(result, tmp_path)
     assert report.digest(result).encode() in picture.read_bytes()
     with pytest.raises(ValueError, match="no other backend"):
         report.plot({**result, "rows": [alone]}, tmp_path)
+
+
+def test_what_arrived_of_a_gain_too_small_to_measure_is_not_said() -> None:
+    row = SERVED | {"ms_per_step": {"fi_prefetch": 8.0, "fa3": 8.1}}
+    assert tables.arrived(row) is None, "attention was not profiled"
+    row["attention_ms"] = {"fi_prefetch": 1.5, "fa3": 1.55}
+    assert tables.arrived(row) is None, "less than steps vary by"
+    row["attention_ms"]["fa3"] = 1.7
+    assert tables.arrived(row) == pytest.approx(0.5)
+
+
+def test_sglangs_long_answers_give_a_table_and_plots(tmp_path: Path) -> None:
+    def row(batch: int, output: int, ours: float, **more: Any) -> dict[str, Any]:
+        tokens = {"fi_prefetch": ours, "fa3": 900.0, "flashinfer": 1000.0}
+        steps = dict.fromkeys(tokens, 10.0)
+        return (
+            SERVED
+            | {"batch": batch, "context": 128, "output": output, "tokens_per_s": tokens, "ms_per_step": steps}
+            | more
+        )
+
+    result = {**HEADER, "rows": [row(8, 2048, 1100.0), row(32, 2048, 1200.0), row(32, 4096, 1300.0, tp=2)]}
+    [table] = tables.tables(result)
+    assert [list(line) for line in table.rows] == [
+        ["llama-3-8b", "bf16", "8 x 128", "2048", "1100", "900", "1000", "1.100"],
+        ["llama-3-8b", "bf16", "32 x 128", "2048", "1200", "900", "1000", "1.200"],
+        ["llama-3-8b TP-2", "bf16", "32 x 128", "4096", "1300", "900", "1000", "1.300"],
+    ]
+    names = {picture.stem for picture in report.plot(result, tmp_path)}
+    assert names == {"tokens_a_second", "speedup_over_batch_and_answer"}
+    # Of one batch and one length there is nothing to draw a line through.
+    assert [picture.stem for picture in report.plot({**result, "rows": result["rows"][-1:]}, tmp_path)] == [
+        "tokens_a_second"
+    ]
+    # Neither overwrites the other where they are compared with another run's.
+    labels = {report.row_label(row) for row in (*result["rows"], row(32, 1024, 1.0))}
+    assert len(labels) == 4
 
 
 def test_levers_say_of_which_page_size_they_are() -> None:

@@ -314,13 +314,17 @@ def leaves(value: object) -> Iterator[float]:
 
 def numbers_of(result: dict) -> list[float]:
     """All numbers of a result file, and what is computed from them: speed-ups and their summaries."""
-    from fi_prefetch.bench import report
+    from fi_prefetch.bench import report, tables
 
     found = list(leaves(result))
     found += [row["bytes_in_flight"] >> 10 for row in result.get("rows", []) if row.get("bytes_in_flight")]
-    for steps in (row["ms_per_step"] for row in result.get("rows", []) if "ms_per_step" in row):
-        others = [time for name, time in steps.items() if name != "fi_prefetch"]
-        found += [min(others) / steps["fi_prefetch"]] if others and "fi_prefetch" in steps else []
+    for row in (row for row in result.get("rows", []) if "ms_per_step" in row):
+        steps, tokens, other = row["ms_per_step"], row["tokens_per_s"], tables.fastest_other(row)
+        if other is not None and "fi_prefetch" in steps:
+            most = max(value for name, value in tokens.items() if not report.serves_with_ours(name))
+            found += [steps[other] / steps["fi_prefetch"], tokens["fi_prefetch"] / most]
+        if (share := tables.arrived(row)) is not None:
+            found.append(share)
     rows = [row for row in result.get("rows", []) if "baselines_us" in row]
     for only_flashinfer in (False, True):
         speedups = report.speedups(rows, only_flashinfer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "integration" / "sglang"))
 
@@ -366,16 +368,72 @@ def test_a_report_drops_what_an_earlier_run_said_of_the_same_kv_dtype(tmp_path: 
     assert set(written) == {"auto: c against d", "fp8_e4m3: a against b"}
 
 
-def test_attention_of_a_step_is_what_one_graph_launched() -> None:
-    def kernel(name: str, launch: int, duration: float) -> dict[str, Any]:
-        return {"cat": "kernel", "name": name, "dur": duration, "args": {"correlation": launch}}
+def kernel(name: str, launch: int, begin: float, duration: float) -> dict[str, Any]:
+    return {"cat": "kernel", "name": name, "ts": begin, "dur": duration, "args": {"correlation": launch}}
 
-    ours = "void fi_prefetch::decode_kernel<Traits>(DecodeParams)"
-    steps = [kernel(name, launch, 2.0) for launch in (70, 90) for name in (ours, "gemm", ours)]
-    prefill = [kernel(ours, launch, 50.0) for launch in (1, 2)]
-    host = [{"cat": "cuda_runtime", "name": "decode_kernel", "dur": 9.0, "args": {"correlation": 70}}]
+
+OUR_KERNEL = "void fi_prefetch::decode_kernel<Traits>(DecodeParams)"
+
+
+def test_attention_of_a_step_is_what_one_graph_launched() -> None:
+    steps = [
+        kernel(name, launch, launch + begin, 2.0)
+        for launch in (70, 90)
+        for begin, name in ((0.0, OUR_KERNEL), (2.0, "gemm"), (4.5, OUR_KERNEL))
+    ]
+    prefill = [kernel(OUR_KERNEL, launch, 0.0, 50.0) for launch in (1, 2)]
+    host = [kernel("decode_kernel", 70, 70.0, 9.0) | {"cat": "cuda_runtime"}]
     pattern = engines.ATTENTION_KERNELS["fi_prefetch"]
     assert bench_serving.step_durations(prefill + host + steps, pattern, layers=2) == [4.0, 4.0]
+
+
+def test_a_kernel_that_waits_for_the_one_before_does_not_count_the_wait() -> None:
+    step = [kernel("store", 7, 10.0, 4.0), kernel(OUR_KERNEL, 7, 11.0, 9.0), kernel("gemm", 7, 18.0, 8.0)]
+    assert bench_serving.step_durations(step, engines.ATTENTION_KERNELS["fi_prefetch"], layers=1) == [6.0]
+
+
+class Clockwork:
+    """An engine that takes as long as it is told for a prompt's token, if it is not cached, and for an answer's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, prefill: float, step: float) -> None:
+        self.prefill, self.step, self.now = prefill, step, 0.0
+        self.cached = False
+        self.asked: list[int] = []
+        monkeypatch.setattr(bench_serving.time, "perf_counter", lambda: self.now)
+
+    def flush_cache(self) -> Any:
+        self.cached = False
+        return SimpleNamespace(success=True)
+
+    def generate(self, input_ids: list[list[int]], sampling_params: dict[str, Any]) -> list[dict[str, Any]]:
+        tokens = sampling_params["max_new_tokens"]
+        self.asked.append(tokens)
+        self.now += (0 if self.cached else self.prefill * sum(map(len, input_ids))) + self.step * tokens
+        self.cached = True
+        return [{"output_ids": [0] * tokens} for _ in input_ids]
+
+
+@pytest.mark.parametrize(("output", "answers"), [(136, [136, 8, 8, 136, 136]), (4096, [8, 4096])])
+def test_a_step_is_without_prefill_and_throughput_with_it(
+    monkeypatch: pytest.MonkeyPatch, output: int, answers: list[int]
+) -> None:
+    engine = Clockwork(monkeypatch, prefill=1e-4, step=5e-3)
+    case = bench_serving.Case("llama-3-8b", ((128, 4),), output, "auto")
+    found = bench_serving.time_case(engine, case, repeats=2)
+    assert found["ms_per_step"] == pytest.approx(5.0)
+    assert found["tokens_per_s"] == pytest.approx(4 * output / (1e-4 * 4 * 128 + 5e-3 * output))
+    assert engine.asked == answers
+
+
+def test_the_windows_engine_is_told_to_prefetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sglang", SimpleNamespace(Engine=lambda **chosen: dict(os.environ)))
+    monkeypatch.setattr(engines, "unused_model_files", lambda: [])
+    monkeypatch.setattr(os, "environ", {})
+    for backend in engines.BACKENDS:
+        chosen = engines.arguments(backend, Path("model"), graph_batches=[1], context_length=64)
+        seen = engines.start(chosen, engines.ENVIRONMENTS.get(backend))
+        assert (seen.get("FI_PREFETCH_SGLANG_WINDOW") == "all_reduce") == (backend == "fi_prefetch+window")
+        os.environ.clear()
 
 
 def test_an_engine_that_hangs_is_ended_with_all_it_spawned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -411,7 +469,7 @@ def test_comparison_ends_engines_that_hang_or_fail_and_goes_on(
     # What a run before has left is no answer of this one.
     (tmp_path / "load-auto-fa3.json").write_text("{}")
     monkeypatch.setattr(correctness, "__file__", str(script))
-    asked = SimpleNamespace(engine_arguments={}, at_once=True, engine_seconds=15.0)
+    asked = SimpleNamespace(engine_arguments={}, at_once=True, engine_seconds=15.0, tp=1)
     backends, checks = ("fi_prefetch", "flashinfer", "fa3"), ["text", "load"]
     found = correctness.run_engines(tmp_path, checks, backends, ["auto"], asked, tmp_path)
     answered = {"answers": []}
@@ -509,3 +567,30 @@ def test_shapes_are_of_the_models_they_are_named_for(tmp_path: Path) -> None:
             kv_heads,
             128,
         )
+
+
+def attention_of(tensors: dict[str, Any], config: dict[str, Any], x: Any) -> Any:
+    """What a layer's attention gives for a sequence of hidden states."""
+    heads, kv_heads, dim = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    q, k, v = (
+        (x @ tensors[f"model.layers.0.self_attn.{name}_proj.weight"].T).view(len(x), -1, dim).transpose(0, 1)
+        for name in "qkv"
+    )
+    assert (q.shape[0], k.shape[0]) == (heads, kv_heads)
+    k, v = (kv.repeat_interleave(heads // kv_heads, dim=0) for kv in (k, v))
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return attended.transpose(0, 1).reshape(len(x), -1) @ tensors["model.layers.0.self_attn.o_proj.weight"].T
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(1, (9, 3)), (2, (12, 4)), (3, (9, 3)), (8, (24, 8))])
+def test_heads_of_zeros_change_no_answer(gpus: int, expected: tuple[int, int]) -> None:
+    config = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4}
+    shapes = {"q_proj": (36, 10), "k_proj": (12, 10), "v_proj": (12, 10), "o_proj": (10, 36)}
+    tensors = {f"model.layers.0.self_attn.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    tensors["model.norm.weight"] = torch.randn(10)
+    x = torch.randn(7, 10)
+    before = attention_of(tensors, config, x)
+    models.add_heads(tensors, config, gpus)
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == expected
+    torch.testing.assert_close(attention_of(tensors, config, x), before)
+    assert tensors["model.norm.weight"].shape == (10,)

@@ -11,7 +11,8 @@ from gpu_path_plugin import CpuForCuda
 from sglang.srt.layers.attention import flashinfer_backend
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferIndicesUpdaterDecode
 
-from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend, _DecodePageTable
+from fi_prefetch.sglang import page_table
+from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend, _DecodePageTable, _Queries
 from fi_prefetch.sglang.decode_wrapper import ServedDecodeWrapper
 
 LENGTHS = torch.tensor([3, 1, 7])
@@ -43,13 +44,16 @@ def updater(
     made.num_qo_heads, made.num_kv_heads, made.head_dim = 6, 2, 64
     made.data_type = made.q_data_type = torch.float32
     made.kv_last_page_len = torch.ones(8, dtype=torch.int32)
-    made.req_to_token = torch.arange(6 * TABLE_WIDTH, dtype=torch.int32).view(6, TABLE_WIDTH)
+    req_to_token = torch.arange(6 * TABLE_WIDTH, dtype=torch.int32).view(6, TABLE_WIDTH)
     made._swa_kv_pool = window_pool
     made.attn_backend = SimpleNamespace(
-        kv_index_translator=translator(made.req_to_token),
+        req_to_token_pool=SimpleNamespace(req_to_token=req_to_token),
+        kv_index_translator=translator(req_to_token),
         enable_deterministic=split_tile_size is not None,
         decode_split_tile_size=split_tile_size,
     )
+    if made.attn_backend.kv_index_translator is None:
+        made.req_to_token = req_to_token  # 0.5.16's updater has it itself
     return made
 
 
@@ -125,6 +129,40 @@ def test_sglangs_own_update_uses_the_lengths_on_the_host(monkeypatch: pytest.Mon
     monkeypatch.setattr(flashinfer_backend, "global_override_indptr_cpu", None)
     with pytest.raises(TypeError, match="Untouchable"):
         fill(updater(FlashInferIndicesUpdaterDecode), graph_wrapper(), Untouchable())
+
+
+@pytest.mark.parametrize("starts", [None, [5, 0, 40]])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_table_is_sglangs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, starts: list[int] | None) -> None:
+    """Also where a request has several blocks of tokens, a program several blocks, and the sum several parts."""
+    monkeypatch.setattr(page_table, "_TOKENS", 8)
+    monkeypatch.setattr(page_table, "_LENGTHS", 2)
+    monkeypatch.setattr(page_table, "_PROGRAMS", 12)
+    table = torch.randperm(7 * 100, dtype=torch.int32).view(7, 100)
+    rows = torch.tensor([6, 0, 3, 2, 5])
+    lengths = torch.tensor([1, 90, 0, 17, 8] if starts is None else [1, 90, 17], dtype=dtype)
+    rows = rows[: lengths.numel()]
+    first = None if starts is None else torch.tensor(starts, dtype=dtype)
+    indptr = torch.zeros(lengths.numel() + 2, dtype=torch.int32)
+    indices = torch.full((200,), -1, dtype=torch.int32)
+    page_table.fill(table, rows, lengths, first, indptr, indices)
+    expected_slots = [
+        slot
+        for row, length, start in zip(rows.tolist(), lengths.tolist(), starts or [0] * len(rows), strict=True)
+        for slot in table[row, start : start + length].tolist()
+    ]
+    assert indptr.tolist() == [0, *lengths.cumsum(0).tolist(), 0]
+    assert indices.tolist() == expected_slots + [-1] * (200 - len(expected_slots))
+
+
+def test_queries_are_read_where_the_projection_put_them() -> None:
+    """And copied only where a row of theirs is not dense."""
+    rows = torch.randn(3, 6 * 64 + 2 * 2 * 64)
+    q = rows[:, : 6 * 64]
+    given = _Queries(q).contiguous()
+    assert given.data_ptr() == q.data_ptr() and given.view(-1, 6, 64).stride() == (rows.shape[1], 64, 1)
+    scattered = torch.randn(6 * 64, 3).T
+    assert _Queries(scattered).contiguous().is_contiguous()
 
 
 def test_answers_follow_a_replays_page_table() -> None:
