@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import re
+import stat
 import subprocess
 import sys
 import threading
@@ -267,6 +268,23 @@ def compiled_ahead(folder: Path, variant: Variant) -> Path | None:
     return None
 
 
+def load_ahead(path: Path) -> Any:
+    """Loads a library that was compiled ahead.
+
+    Raises KernelUnavailableError where the loader does, or where every user of the machine could have put it there.
+    """
+    for place in (path.parent, path):
+        if place.stat().st_mode & stat.S_IWOTH:
+            raise KernelUnavailableError(
+                f"{place} (FI_PREFETCH_AOT_DIR) may be written by every user, so what is in it is not run: "
+                f"chmod o-w {place}"
+            )
+    try:
+        return tvm_ffi.load_module(str(path))
+    except Exception as error:  # the loader's own kinds
+        raise KernelUnavailableError(f"could not load {path}: {error}") from error
+
+
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Whether machine code for "90a", "80" or "120f" runs on a GPU: "a" is one GPU's, else later minors run it too."""
     major, minor = divmod(int(architecture.rstrip("af")), 10)
@@ -310,10 +328,7 @@ def _build_and_load(variant: Variant) -> Any:
     if folder:
         path = compiled_ahead(Path(folder), variant)
         if path is not None:
-            try:
-                return tvm_ffi.load_module(str(path))
-            except Exception as error:  # the loader's own kinds
-                raise KernelUnavailableError(f"could not load {path}: {error}") from error
+            return load_ahead(path)
         logger.warning("%s (FI_PREFETCH_AOT_DIR) has no %s for the GPUs here: compiling", folder, variant.name)
     try:
         spec = jit_spec(variant)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tvm_ffi
 from flashinfer.jit import gen_jit_spec
 
 from fi_prefetch import jit
@@ -52,4 +51,4 @@ def module() -> Any:
     """
     folder = os.environ.get("FI_PREFETCH_AOT_DIR")
     ahead = compiled_ahead(Path(folder)) if folder else None
-    return jit_spec().build_and_load() if ahead is None else tvm_ffi.load_module(str(ahead))
+    return jit_spec().build_and_load() if ahead is None else jit.load_ahead(ahead)

@@ -210,6 +210,15 @@ def test_a_library_of_another_version_is_not_loaded(ahead):
         jit.load(VARIANT)
 
 
+@pytest.mark.parametrize("whose", ["folder", "library"])
+def test_a_library_that_every_user_may_write_is_not_run(ahead, whose):
+    path = ahead("sm90a", (9, 0))
+    place = path.parent if whose == "folder" else path
+    place.chmod(0o777)
+    with pytest.raises(jit.KernelUnavailableError, match=f"{place} .*may be written by every user.*chmod o-w {place}"):
+        jit.load(VARIANT)
+
+
 def test_what_is_not_compiled_ahead_is_compiled(ahead, monkeypatch, tmp_path):
     ahead("sm80", (9, 0))
     spec = FakeSpec(tmp_path / "missing.so", object())
