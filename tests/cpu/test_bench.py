@@ -889,6 +889,8 @@ def test_a_row_of_every_part_of_the_map(part: str, sms: int | None, monkeypatch:
     ring = {"ours": 2 * 3 * 8192, "flashinfer": 4 * 8192}.get(part, 4 * 16 * 256)
     assert (row["sms_used"], row["resident"], row["bytes_in_flight"]) == (sms or 132, blocks, ring)
     assert paper.gain(row) == pytest.approx(0.5)
+    slowed = {**row, "us": {**row["us"], "off": 99.0}}  # once, by something else
+    assert paper.gain(slowed) == pytest.approx(0.5)
 
 
 def test_flashinfers_kernel_has_two_stages_of_a_blocks_rows_in_flight() -> None:
