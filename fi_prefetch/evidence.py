@@ -20,6 +20,8 @@ from typing import Any
 
 EVIDENCE_FILE = "tests/gpu_evidence.json"
 KERNEL_FOLDER = "csrc"
+# What a compiler reads; a copy that an editor or a merge left there is not launched.
+KERNEL_SUFFIXES = (".cu", ".cuh", ".h")
 # Beside csrc/: the files of the package that decide which kernel is launched, with which arguments, after which plan.
 LAUNCH_FILES = tuple(
     f"fi_prefetch/{name}.py"
@@ -118,7 +120,8 @@ def launch_sources(root: Path) -> list[Path]:
     kernels = [
         path.relative_to(root)
         for path in (root / KERNEL_FOLDER).rglob("*")
-        if path.is_file() and not any(part.startswith((".", "__")) for part in path.relative_to(root).parts)
+        if path.suffix in KERNEL_SUFFIXES
+        and not any(part.startswith((".", "__")) for part in path.relative_to(root).parts)
     ]
     if not kernels:
         raise FileNotFoundError(f"no sources under {root / KERNEL_FOLDER}")

@@ -95,6 +95,7 @@ def test_the_hash_does_not_depend_on_times_modes_caches_or_other_files(tree: Pat
     (tree / "csrc" / "__pycache__").mkdir()
     (tree / "csrc" / "__pycache__" / "x.pyc").write_bytes(b"x")
     (tree / "csrc" / ".decode.cu.swp").write_bytes(b"x")
+    (tree / "csrc" / "decode.cu.orig").write_bytes(b"x")
     assert evidence.tree_hash(tree) == before
 
 
