@@ -288,7 +288,7 @@ def generation(result: dict[str, Any]) -> Table:
 def answers(result: dict[str, Any]) -> Table:
     """How far SGLang's answers with two attention backends lie apart: requests that are equal to the end, tokens up to
     where answers part, the mean and the 99.9 % quantile of what their log-probabilities differ by, how many differ by
-    more than bfloat16's noise."""
+    more than the KV dtype's noise."""
     lines = []
     for check, found in result["checks"].items():
         for name, pair in found.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import random
 import sys
@@ -217,11 +218,81 @@ def test_a_request_that_goes_wrong_at_some_token_is_a_fault(kv_dtype: str, which
     assert any(f"request {whole}, token 20: another token, with a gap of 15.0" in fault for fault in faults)
 
 
-def test_one_token_is_a_fault_in_bfloat16_where_theirs_have_none() -> None:
+def pair_of(beyond: Sequence[int], difference: float = 0.2, requests: int = 50) -> correctness.Pair:
+    """Requests of 50 tokens, the first of which have so many tokens each beyond 0.15."""
+    counts = [*beyond, *[0] * (requests - len(beyond))]
+    differences = {i: [difference] * count + [0.01] * (TOKENS - count) for i, count in enumerate(counts)}
+    return correctness.Pair(("fi_prefetch", "fa3"), 0.15, differences, {})
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "fault"),
+    [
+        ([1], [], False),
+        ([1] * 4, [1], False),
+        ([1] * 9, [], False),
+        ([1] * 10, [], True),
+        ([1] * 20, [1, 1], True),
+        ([1] * 20, [1] * 12, False),
+        # As many tokens as above, in few requests.
+        ([10, 10], [1, 1], False),
+        ([10], [], False),
+        ([2] * 20, [1] * 3, True),
+    ],
+)
+def test_tokens_beyond_the_noise_are_compared_as_counts(ours: list[int], theirs: list[int], fault: bool) -> None:
+    faults = correctness.faults_by_noise(pair_of(ours), [pair_of(theirs)])
+    found = f"{sum(ours)} of 2500 tokens beyond 0.15, of fi_prefetch against fa3 {sum(theirs)} of 2500"
+    assert [one[: len(found)] for one in faults] == [found] * fault
+    # One of several that is as noisy as ours is enough.
+    assert correctness.faults_by_noise(pair_of(ours), [pair_of(theirs), pair_of(ours)]) == []
+
+
+def test_the_chance_of_a_count_is_binomial_and_of_as_many_tokens() -> None:
+    chance = correctness.chance_of_as_many
+    assert chance(pair_of([1]), pair_of([])) == pytest.approx(0.6)
+    assert chance(pair_of([1, 1]), pair_of([1])) == pytest.approx(0.6**3 + 3 * 0.6**2 * 0.4)
+    # Twenty times the tokens: what theirs have is known well.
+    assert chance(pair_of([1]), pair_of([], requests=1000)) == pytest.approx(1.5 / 21.5)
+    assert chance(pair_of([1] * 4), pair_of([], requests=1000)) < correctness.CHANCE
+    # Of no tokens nothing is known, and none beyond is none too many; counts that are no floats' factorials are fine.
+    assert chance(pair_of([1]), pair_of([], requests=0)) == chance(pair_of([]), pair_of([])) == 1.0
+    assert chance(pair_of([1] * 9000, requests=9000), pair_of([1] * 1000, requests=9000)) < 1e-9
+    assert chance(pair_of([1] * 9000, requests=9000), pair_of([1] * 9000, requests=9000)) == pytest.approx(1.0)
+
+
+def test_counts_with_equal_shares_are_a_fault_in_less_than_one_of_a_thousand() -> None:
+    """Whatever the number of both, each token being ours as likely as theirs."""
+    for total in range(1, 60):
+        chances = [
+            correctness.chance_of_as_many(pair_of([1] * ours, requests=60), pair_of([1] * (total - ours), requests=60))
+            for ours in range(total + 1)
+        ]
+        faults = sum(math.comb(total, ours) for ours, chance in enumerate(chances) if chance < correctness.CHANCE)
+        assert faults / 2**total < 1e-3
+
+
+def test_a_request_whose_every_token_is_off_is_a_fault() -> None:
+    (fault,) = correctness.faults_by_noise(pair_of([TOKENS], 0.3, requests=600), [pair_of([1], requests=600)])
+    assert fault.startswith("request 0 has 50 tokens beyond 0.15, the first of them token 0")
+
+
+def test_a_shift_of_the_mean_is_a_fault_with_no_token_beyond_the_noise() -> None:
     given = Synthetic("auto")
-    given.ours["answers"][11]["top"][0][0][0] -= 0.6
+    for one in given.ours["answers"]:
+        for top in one["top"]:
+            top[:] = [[logprob - 0.04, token] for logprob, token in top]
+    assert {fault.split(" 0")[0] for fault in given.faults()} == {"mean difference"}
+
+
+def test_a_single_token_is_a_fault_where_it_is_far_beyond_all_of_theirs() -> None:
+    given = Synthetic("auto")
+    first = given.ours["answers"][11]["top"][0][0]
+    first[0] -= 0.25
+    assert given.faults() == []
+    first[0] -= 0.55
     faults = given.faults()
-    assert any("1 tokens beyond 0.15, of flashinfer against fa3 none; request 11, token 0" in fault for fault in faults)
+    assert len(faults) == 2 and all("request 11, token 0: log-probabilities differ by 0." in fault for fault in faults)
     given.fa3["answers"][30]["top"][0][0][0] -= 0.6
     assert given.faults() == []
 
@@ -330,6 +401,17 @@ def test_kept_answers_are_judged_again_whoever_of_sglangs_own_died(
     ]
     assert "auto: fi_prefetch against flashinfer" not in checks["load"]
     assert "quantiles" in checks["load"]["auto: fi_prefetch against fa3"]["judged_by"]
+
+
+def test_answers_judged_again_stay_those_of_their_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keep(tmp_path, [])
+    path = tmp_path / correctness.RESULT_FILE
+    checks = {"text": {"auto: fi_prefetch against fa3": {"faults": ["old"]}}, "http": {"server": {"faults": []}}}
+    path.write_text(json.dumps({"gpu": "a GPU", "commit": "c0ffee", "checks": checks}))
+    status, found = judged(tmp_path, monkeypatch)
+    assert status == 0 and set(found) == {"text", "load", "http"}
+    written = json.loads(path.read_text())
+    assert (written["gpu"], written["commit"]) == ("a GPU", "c0ffee")
 
 
 def test_it_is_a_fault_where_ours_or_all_of_theirs_died(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
