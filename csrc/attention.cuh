@@ -524,8 +524,8 @@ class WarpAttention {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             // FlashInfer's distance: from the query's number in its request, not from its position. LSE shows it.
-            const int32_t distance = first + t * kTileTokens + i / 2 * 8 -
-                                     QueryRow(p_, n * 8 + lane_index() % 4 * 2 + i % 2).token;
+            const int32_t distance =
+                first + t * kTileTokens + i / 2 * 8 - QueryRow(p_, n * 8 + lane_index() % 4 * 2 + i % 2).token;
             scores[t][n][i] += slope_log2_[n * 2 + i % 2] * distance;
           }
     }

@@ -2,8 +2,8 @@
 
 `tests/gpu_evidence.json` holds one record, written by `fi-prefetch check --record`: the counts of the GPU suite, of the
 random sessions (with their seed), of the soak and of each compute-sanitizer tool, the GPU and the versions, and a hash
-of the sources that decide what is launched. A record
-whose hash is not the tree's says nothing about the tree: kernels that changed since a GPU last ran them are not right.
+of the sources that decide what is launched. A record whose hash is not the tree's says nothing about the tree: kernels
+that changed since a GPU last ran them are not right.
 
 What needs several GPUs has its own place in the record, with its own machine: one GPU is enough for the rest, and for a
 record that passes. Where it has not run, the record says so by having nothing there.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -131,11 +132,42 @@ def launch_sources(root: Path) -> list[Path]:
     return sorted([*kernels, *map(Path, LAUNCH_FILES)])
 
 
+_CODE = re.compile(
+    r"""
+    (?P<directive> ^[ \t]*\#(?:\\\n|[^\n])* )
+  | (?P<comment>   //[^\n]* | /\*.*?\*/ )
+  | (?P<token>     "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | \w+ | [-+*/%&|^<>=!~?:.]+ | \S )
+    """,
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
+
+
+def code(text: str) -> str:
+    """What is left of C++ source without comments and layout: its tokens, and its directives on lines of their own.
+
+    Two texts with the same are the same program. A text may change without changing its program and get another, since
+    operators that touch count as one; nothing is kept apart that a compiler would.
+    """
+    if 'R"' in text:
+        return text  # a raw string has rules of its own
+    found = []
+    for match in _CODE.finditer(text):
+        if match["directive"]:
+            line = re.sub(r"//[^\n]*|/\*.*?\*/", " ", match["directive"].replace("\\\n", " "))
+            found.append("\n" + " ".join(line.split()) + "\n")
+        elif match["token"]:
+            found.append(match["token"])
+    return " ".join(found)
+
+
 def tree_hash(root: Path) -> str:
-    """SHA-256 (hex) over the names and bytes of `launch_sources(root)`; times, modes and other files do not count."""
+    """SHA-256 (hex) over the names and contents of `launch_sources(root)`: of C++ the `code`, so that a better comment
+    needs no GPU; of Python all bytes. Times, modes and other files do not count."""
     digest = hashlib.sha256()
     for path in launch_sources(root):
         content = (root / path).read_bytes()
+        if path.suffix in KERNEL_SUFFIXES:
+            content = code(content.decode()).encode()
         # Lengths in front, so that no byte can move from a name to a content or to the next file unnoticed.
         digest.update(f"{len(path.as_posix())}:{path.as_posix()}:{len(content)}:".encode())
         digest.update(content)

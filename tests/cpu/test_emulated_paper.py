@@ -333,12 +333,13 @@ def test_shapes_that_the_kernel_does_not_serve(shape, reason):
 
 
 def test_a_row(module):
-    spec = {"part": "table", **SHAPE.to_row(), "sms": None, "most_resident": 2}
+    variants = paper.RESIDENCY_VARIANTS
+    spec = {"part": "residency", **SHAPE.to_row(), "sms": None, "most_resident": 2}
     row = paper.measure(spec, FakeContext())
     assert {name: row[name] for name in spec} == spec
-    assert row["us"].keys() == paper.VARIANTS.keys() and row["missing"] == {}
+    assert row["us"].keys() == variants.keys() and row["missing"] == {}
     assert row["us"]["off"] < row["us"]["bulk_1"] < row["us"]["off_again"]
-    assert module.runs == [(paper.PREFETCHES[name], distance, 2) for name, distance in paper.VARIANTS.values()]
+    assert module.runs == [(paper.PREFETCHES[name], distance, 2) for name, distance in variants.values()]
     # Twelve thread blocks for 132 SMs: one each, whose four warps have 16 tokens of 128 bytes in flight.
     assert (row["sms_used"], row["resident"], row["bytes_in_flight"]) == (132, 1, 4 * 16 * 128)
 
@@ -358,15 +359,20 @@ def test_a_slice_that_is_none_has_no_times(module, monkeypatch, why):
 
     monkeypatch.setattr(paper, "slice_stream", slice_stream)
     row = paper.measure({"part": "table", **SHAPE.to_row(), "sms": 80, "most_resident": 0}, FakeContext())
-    assert row["us"] == dict.fromkeys(paper.VARIANTS) and row["sms_used"] is None
+    assert row["us"] == dict.fromkeys(paper.VARIANTS["table"]) and row["sms_used"] is None
     assert all(why in reason for reason in row["missing"].values())
     assert paper.table_rows({"rows": [row]})[0][:6] == ["4/2", "1x70+2x33", "-", "-", "-", "-"]
 
 
 def test_rows_and_their_bytes_in_flight():
     specs = paper.specs()
-    assert len({str(spec) for spec in specs}) == len(specs) == 2 * (2 * 4 * 5 + 3 * 2 * 6)
-    assert {spec["sms"] for spec in specs} == {None, 80}
+    assert len({str(spec) for spec in specs}) == len(specs)
+    parts = Counter((spec["part"], spec["sms"]) for spec in specs)
+    for sms in (None, 80):
+        assert parts["table", sms] == 2 * 4 * 5 and parts["flashinfer", sms] == 3 * 2 * 2
+        assert parts["ours", sms] == 3 * 2 * len(paper.OUR_GRIDS)
+        # As many blocks as fit, and each smaller number that an SM is given on that shape.
+        assert 3 * 2 <= parts["residency", sms] <= 3 * 2 * (len(paper.RESIDENCIES) + 1)
     shape = Shape(32, 32, 16, ((4096, 64),))
     assert paper.bytes_in_flight(shape, 132, 7) == (7, 7 * 4 * 4096)
     assert paper.bytes_in_flight(Shape(8, 1, 16, ((2048, 16),)), 80, 7) == (2, 2 * 4 * 4096)

@@ -81,8 +81,8 @@ def test_the_hash_changes_when_a_kernel_file_is_added_renamed_or_moved_bytes_bet
     hashes.add(evidence.tree_hash(tree))
     (tree / "csrc" / "merge.cuh").rename(tree / "csrc" / "merged.cuh")
     hashes.add(evidence.tree_hash(tree))
-    (tree / "csrc" / "decode.cu").write_text("__global__ void decode() {}")
-    (tree / "csrc" / "merged.cuh").write_text("\n")
+    (tree / "csrc" / "decode.cu").write_text("__global__ void decode() {")
+    (tree / "csrc" / "merged.cuh").write_text("}")
     hashes.add(evidence.tree_hash(tree))
     assert len(hashes) == 4
 
@@ -97,6 +97,54 @@ def test_the_hash_does_not_depend_on_times_modes_caches_or_other_files(tree: Pat
     (tree / "csrc" / ".decode.cu.swp").write_bytes(b"x")
     (tree / "csrc" / "decode.cu.orig").write_bytes(b"x")
     assert evidence.tree_hash(tree) == before
+
+
+PROGRAM = """
+#include <cmath>
+#define TWO 2
+/// Two of them.
+int f(int a, int* b) {
+  return a - -*b + TWO;  // one
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("/// Two of them.", "/* two\n of\n them */"),
+        ("  // one", ""),
+        ("return a - -*b", "return a -\n      -*b"),
+        ("int f(int a, int* b)", "int\nf( int a,\n  int* b )"),
+        ("#define TWO 2", "#define TWO \\\n  2  // two"),
+    ],
+)
+def test_comments_and_layout_are_no_code(old: str, new: str) -> None:
+    assert old in PROGRAM
+    assert evidence.code(PROGRAM.replace(old, new)) == evidence.code(PROGRAM)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("a - -*b", "a --*b"),
+        ("a - -*b", "a + -*b"),
+        ("int a", "inta"),
+        ("#define TWO 2\n/// Two of them.\n", "#define TWO 2 "),
+        ("#define TWO 2", "// #define TWO 2"),
+        ("  return", "  // return"),
+        ("a - -*b", 'a - -*b + *" "'),
+    ],
+)
+def test_what_is_code(old: str, new: str) -> None:
+    assert old in PROGRAM
+    assert evidence.code(PROGRAM.replace(old, new)) != evidence.code(PROGRAM)
+
+
+def test_a_text_is_code_with_its_blanks() -> None:
+    assert evidence.code('f("a  b // c");') != evidence.code('f("a b // c");')
+    assert evidence.code("f('/', \"*\"); // '") == evidence.code("f('/',\n  \"*\");")
+    assert evidence.code('R"(a  b)"') != evidence.code('R"(a b)"')
 
 
 def test_the_hash_is_refused_where_a_source_is_missing(tree: Path) -> None:
