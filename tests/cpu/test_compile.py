@@ -105,7 +105,7 @@ ROW_TILES = (1, 2)
 MAX_SPILLED_BYTES = {
     "NONE": {(128, 2): 32, (256, 1): 8, (256, 2): 480},
     "ALIBI": {(128, 2): 48, (256, 1): 8, (256, 2): 496},
-    "ROPE_LLAMA": {(128, 2): 456, (256, 1): 64, (256, 2): 632},
+    "ROPE_LLAMA": {(128, 1): 24, (128, 2): 456, (256, 1): 64, (256, 2): 632},
 }
 # The same of the batch-invariant kernel, which has a second level of its merge beside the first.
 MAX_SPILLED_BYTES_OF_FIXED_SPLITS = {"NONE": {(256, 2): 400}, "ROPE_LLAMA": {(128, 2): 88}}
