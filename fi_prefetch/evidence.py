@@ -145,8 +145,8 @@ _CODE = re.compile(
 def code(text: str) -> str:
     """What is left of C++ source without comments and layout: its tokens, and its directives on lines of their own.
 
-    Two texts with the same are the same program. A text may change without changing its program and get another, since
-    operators that touch count as one; nothing is kept apart that a compiler would.
+    Two texts with the same are the same program, if they are programs. The other way round it is not always so:
+    operators that touch count as one token, though a compiler may take them as several.
     """
     if 'R"' in text:
         return text  # a raw string has rules of its own

@@ -19,11 +19,16 @@ def specs(shapes: list[Shape]) -> list[dict[str, Any]]:
     return [shape.to_row() for shape in sorted(shapes, key=lambda shape: shape.kv_dtype)]
 
 
-def verified_timing(inputs: DecodeInputs, call: Call) -> tuple[Timing, float]:
-    """Time and error of a prepared call; raises WrongAnswer where the output is not the attention asked for."""
+def verified(inputs: DecodeInputs, call: Call) -> float:
+    """The error of a prepared call; raises WrongAnswer where the output is not the attention asked for."""
     inputs.out.fill_(float("nan"))
     call(0)
-    error = check_error(inputs.error(inputs.out))
+    return check_error(inputs.error(inputs.out))
+
+
+def verified_timing(inputs: DecodeInputs, call: Call) -> tuple[Timing, float]:
+    """Time and error of a prepared call, as `verified` says."""
+    error = verified(inputs, call)
     return time_calls(call, inputs.copies), error
 
 

@@ -37,19 +37,20 @@ from unittest import mock
 import torch
 from flashinfer.jit import gen_jit_spec
 
-from fi_prefetch import device, jit, reference, tune
+from fi_prefetch import device, jit, reference
 from fi_prefetch.prefetch import WELL_FED_BYTES_PER_SM, PrefetchPolicy
-from fi_prefetch.tune import Grid, Rule
+from fi_prefetch.tune import Grid
 
 from . import flashinfer_run_ahead
 from .baselines import BASELINES, Call, Unsupported, prepare_ours
 from .explain import HOPPER_SM_COUNT
 from .flashinfer_run_ahead import PADS
-from .grid import verified_timing
+from .grid import verified, verified_timing
 from .inputs import DecodeInputs, relative_error
 from .report import NOISE, Row, microseconds
 from .shapes import Shape, lens_label
 from .timing import Timing, calls_per_replay, time_graph
+from .tuning import prepare_on_grid
 from .worker import Context, check_error
 
 BLOCK_TOKENS = 16
@@ -411,23 +412,16 @@ def _time_ours(
     """
     # All of L2 is the budget: what a distance over the usual one costs belongs on the map.
     policy = PrefetchPolicy(run_ahead, prologue=0, early_load=False, streaming_hint=False, l2_budget=1.0)
-    grid, sms = Grid(row["warps_per_block"], row["blocks_per_sm"], 0), row["sms_used"]
+    grid = Grid(row["warps_per_block"], row["blocks_per_sm"], 0)
     # To the plan the slice is the GPU: blocks beyond what its SMs hold would wait for the others to end.
-    of_slice = dataclasses.replace(facts, sm_count=sms)
-    with (
-        mock.patch.object(device, "facts", lambda where: of_slice),
-        mock.patch.object(tune, "rules_for", lambda gpu_key: (Rule(None, grid),)),
-    ):
-        wrapper, call = prepare_ours(inputs, policy)
+    of_slice = dataclasses.replace(facts, sm_count=row["sms_used"])
+    with mock.patch.object(device, "facts", lambda where: of_slice):
+        wrapper, call = prepare_on_grid(inputs, grid, policy)
         plan = wrapper.prefetch_plan
-        if (plan.facts.blocks, plan.facts.warps) != (grid.blocks_per_sm * sms, grid.warps):
-            raise Unsupported(f"the kernel made it {plan.facts.blocks} blocks of {plan.facts.warps} warps")
         if plan.run_ahead != run_ahead:
             raise Unsupported(f"run-ahead became {plan.run_ahead}: a warp has no more to read, or L2 no more room")
         row["resident"], row["bytes_in_flight"] = grid.blocks_per_sm, plan.bytes_in_flight_per_sm
-        inputs.out.fill_(float("nan"))
-        call(0)
-        check_error(inputs.error(inputs.out))
+        verified(inputs, call)
         return time_on(stream, call, inputs.copies)
 
 
@@ -443,9 +437,7 @@ def _time_flashinfers(
     blocks, call = flashinfer_run_ahead.prepare(inputs, pad, iterations)
     row["resident"] = min(fitting, -(-blocks // row["sms_used"]))
     row["bytes_in_flight"] = flashinfer_run_ahead.bytes_in_flight(shape, row["resident"])
-    inputs.out.fill_(float("nan"))
-    call(0)
-    check_error(inputs.error(inputs.out))
+    verified(inputs, call)
     return time_on(stream, call, inputs.copies)
 
 

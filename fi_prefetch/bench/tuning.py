@@ -8,9 +8,10 @@ from typing import Any
 from unittest import mock
 
 from fi_prefetch import tune
+from fi_prefetch.prefetch import PrefetchPolicy
 from fi_prefetch.tune import CANDIDATES, Grid, Rule
 
-from .baselines import Unsupported, prepare_ours
+from .baselines import Call, Unsupported, prepare_ours
 from .grid import verified_timing
 from .inputs import DecodeInputs
 from .report import GRID_COLUMNS
@@ -39,15 +40,21 @@ def specs() -> list[dict[str, Any]]:
     ]
 
 
-def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
-    """One row: the time of a shape on a grid. Raises Unsupported where the kernel does not take that grid."""
-    shape, grid = Shape.from_row(spec), grid_of(spec)
-    inputs = DecodeInputs(shape, context.pool(shape.kv_dtype), context.facts.l2_bytes)
+def prepare_on_grid(inputs: DecodeInputs, grid: Grid, policy: PrefetchPolicy | str = "auto") -> tuple[Any, Call]:
+    """Our wrapper, planned on a grid, and its call. Raises Unsupported where the kernel does not take that grid."""
     with mock.patch.object(tune, "rules_for", lambda gpu_key: (Rule(None, grid),)):
-        wrapper, call = prepare_ours(inputs)
+        wrapper, call = prepare_ours(inputs, policy)
     launch = wrapper.prefetch_plan.facts
     if (launch.blocks, launch.warps) != (grid.blocks_per_sm * launch.sm_count, grid.warps):
         raise Unsupported(f"the kernel made it {launch.blocks} blocks of {launch.warps} warps")
+    return wrapper, call
+
+
+def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
+    """One row: the time of a shape on a grid. Raises Unsupported where the kernel does not take that grid."""
+    shape = Shape.from_row(spec)
+    inputs = DecodeInputs(shape, context.pool(shape.kv_dtype), context.facts.l2_bytes)
+    _, call = prepare_on_grid(inputs, grid_of(spec))
     timing, _ = verified_timing(inputs, call)
     return {**spec, "us": round(timing.us, 3), "spread": round(timing.spread, 4)}
 

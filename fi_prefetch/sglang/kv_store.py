@@ -49,9 +49,10 @@ def store(
         k_cache, v_cache: [slots, kv heads, head_dim] of a pool that `serves`.
         slots: of each token, where it goes.
     """
-    tokens, row = k.shape[0], k[0].numel() if k.shape[0] else 0
+    tokens = k.shape[0]
     if not tokens:
         return
+    row = k[0].numel()
     _store[(tokens, 2)](
         k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), k_cache.stride(0), v_cache.stride(0), row,
         BLOCK=triton.next_power_of_2(row),

@@ -21,6 +21,7 @@ from fi_prefetch.bench import (
     estimate,
     explain,
     flashinfer_run_ahead,
+    grid,
     layer,
     paper,
     profile,
@@ -870,14 +871,15 @@ def test_a_row_of_every_part_of_the_map(part: str, sms: int | None, monkeypatch:
         assert most == knobs["most_resident"]
         return lambda i: asked.append(0 if prefetch == "off" else distance)
 
-    monkeypatch.setattr(paper, "prepare_ours", ours)
+    monkeypatch.setattr(tuning, "prepare_ours", ours)
     monkeypatch.setattr(paper, "prepare", papers)
     monkeypatch.setattr(flashinfer_run_ahead, "prepare", theirs)
     monkeypatch.setattr(flashinfer_run_ahead, "fitting", lambda *_: 4)
     monkeypatch.setattr(paper, "module", lambda: SimpleNamespace(residency=lambda *_: 3))
     monkeypatch.setattr(paper, "_place", lambda sms, sm_count: (None, sms or sm_count))
     monkeypatch.setattr(paper, "_beside", lambda name, inputs: Timing(7.0, 0.0))
-    monkeypatch.setattr(paper, "check_error", lambda error: error)
+    for module in (paper, grid):
+        monkeypatch.setattr(module, "check_error", lambda error: error)
     monkeypatch.setattr(paper, "time_on", lambda stream, call, copies: Timing(10.0 * (1 + asked[-1]), 0.1))
     row = paper.measure(paper._spec(part, shape, sms, **knobs), MapContext())
     distances = [0 if name.startswith("off") else int(name.rpartition("_")[2]) for name in paper.VARIANTS[part]]
@@ -941,7 +943,7 @@ def test_ours_on_the_map_runs_the_rows_grid_on_the_slice(monkeypatch: pytest.Mon
         )
         return SimpleNamespace(prefetch_plan=resolve(policy, launch, pdl=True)), lambda i: None
 
-    monkeypatch.setattr(paper, "prepare_ours", prepare)
+    monkeypatch.setattr(tuning, "prepare_ours", prepare)
     monkeypatch.setattr(paper, "time_on", lambda stream, call, copies: Timing(5.0, 0.0))
     row: dict[str, Any] = {"warps_per_block": 2, "blocks_per_sm": 1, "sms_used": 80}
     assert paper._time_ours(row, inputs, None, facts, 4).us == 5.0

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import re
 from html import unescape
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import scripts
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -22,16 +21,7 @@ from fi_prefetch.bench.shapes import Shape
 ROOT = Path(__file__).resolve().parents[2]
 AGAIN = "run `make refresh`"
 
-
-def load_refresh() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("refresh", ROOT / "docs" / "refresh.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-refresh = load_refresh()
+refresh = scripts.load("docs/refresh.py")
 
 
 @pytest.mark.parametrize("document", refresh.documents(), ids=lambda path: path.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,9 +10,9 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import scripts
 
 from fi_prefetch import jit
 
@@ -141,14 +140,6 @@ torch.testing.assert_close(out, torch.ones_like(out))
 # ---- the first hour ------------------------------------------------------------------------------------------------
 
 
-def first_hour() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("first_hour", ROOT / "benchmarks" / "first_hour.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_first_hour_is_timed_on_the_wheel_and_where_it_says_so_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -159,7 +150,7 @@ def test_the_first_hour_is_timed_on_the_wheel_and_where_it_says_so_without_a_com
     monkeypatch.setenv("PATH", f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}/opt/others")
-    tool, site = first_hour(), tmp_path / "site"
+    tool, site = scripts.load("benchmarks/first_hour.py"), tmp_path / "site"
     machines = [
         tool.Machine(site, tmp_path / "with"),
         tool.without_nvcc(site, tmp_path / "without", tmp_path / "kernels"),
@@ -175,7 +166,7 @@ def test_the_first_hour_is_timed_on_the_wheel_and_where_it_says_so_without_a_com
 
 
 def test_a_first_hour_that_fails_keeps_what_it_timed_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tool = first_hour()
+    tool = scripts.load("benchmarks/first_hour.py")
     monkeypatch.setattr(tool.subprocess, "run", lambda *_, **__: None)
 
     def python(self: object, *arguments: str) -> str:
