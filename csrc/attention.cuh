@@ -505,6 +505,7 @@ class WarpAttention {
   /// Scores in base-2 exponent units; -inf where a query row must not look.
   template <int N>
   FI_PREFETCH_DEVICE void scale_and_mask(float (&scores)[N][T::kRowTiles][4], int32_t token, int32_t length) const {
+    const int32_t first = token + lane_index() / 4;
 #pragma unroll
     for (int t = 0; t < N; ++t)
 #pragma unroll
@@ -514,21 +515,13 @@ class WarpAttention {
           float& score = scores[t][n][i];
           score *= score_scale(n * 2 + i % 2);
           if (T::kSoftCap) score = p_.scale_log2 * tanhf(score);
-        }
-    const int32_t first = token + lane_index() / 4;
-    if constexpr (T::kAlibi) {
-#pragma unroll
-      for (int t = 0; t < N; ++t)
-#pragma unroll
-        for (int n = 0; n < T::kRowTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
+          if constexpr (T::kAlibi) {
             // FlashInfer's distance: from the query's number in its request, not from its position. LSE shows it.
             const int32_t distance =
                 first + t * kTileTokens + i / 2 * 8 - QueryRow(p_, n * 8 + lane_index() % 4 * 2 + i % 2).token;
-            scores[t][n][i] += slope_log2_[n * 2 + i % 2] * distance;
+            score += slope_log2_[n * 2 + i % 2] * distance;
           }
-    }
+        }
     // Inside a request every row sees every token.
     const bool at_end = token + N * kTileTokens > length - (p_.q_len - 1);
     const bool at_window = T::kWindow && token < length - 1 - p_.window_left;

@@ -261,9 +261,13 @@ FI_PREFETCH_DEVICE uint32_t floor_log2(uint32_t x) { return 31 - __clz(x); }
 
 /// Tiles that a warp is given at least, where the host leaves it to the kernel: about the square root of 1/128 of the
 /// longest request's (1 of 2K tokens, 2 of 8K, 4 of 32K; H100). More blocks read faster, but each is a partial more to
-/// merge.
-FI_PREFETCH_DEVICE uint32_t default_min_tiles(uint32_t longest_request) {
-  return 1u << (floor_log2(max(longest_request / 128, 1u)) + 1) / 2;
+/// merge. So twice as many where more than half of the blocks would work on one or two tiles a warp, and more than
+/// eight would meet about the longest request and head (7 % of 16 MB of 28/4 heads; H100).
+FI_PREFETCH_DEVICE uint32_t default_min_tiles(uint32_t tiles, uint32_t blocks, uint32_t warps,
+                                              uint32_t longest_request) {
+  const uint32_t least = 1u << (floor_log2(max(longest_request / 128, 1u)) + 1) / 2;
+  const bool fits = tiles <= blocks * warps * least, most_work = 2 * tiles > blocks * warps * least;
+  return least <= 2 && fits && most_work && longest_request > 8 * warps * least ? 2 * least : least;
 }
 
 /// Blocks that get work: no more than have `min_tiles` a warp, and no more than the longest piece needs, a little
@@ -299,7 +303,8 @@ template <bool WINDOW>
 FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, const RequestScan<WINDOW>& scan, uint32_t blocks,
                                  uint32_t warps) {
   const uint32_t tiles = scan.total() * p.num_kv_heads;
-  const uint32_t min_tiles = p.min_tiles_per_warp > 0 ? p.min_tiles_per_warp : default_min_tiles(scan.longest());
+  const uint32_t min_tiles =
+      p.min_tiles_per_warp > 0 ? p.min_tiles_per_warp : default_min_tiles(tiles, blocks, warps, scan.longest());
   const uint32_t equal = scan.longest() * p.table.batch_size == scan.total() ? scan.longest() : 0;
   const uint32_t log2 = reads_abreast(tiles, blocks * warps, scan.longest()) ? p.abreast_log2 : 0;
   // Blocks that work, or workers where these are parts of one or more blocks.

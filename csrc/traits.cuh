@@ -43,8 +43,9 @@ struct DecodeTraits {
   static constexpr int kTileBytes = kTileTokens * kRowBytes;  // of K or of V
   static constexpr int kStageBytes = 2 * kTileBytes;
   /// Whether a warp takes two tiles of a run together, where its ring holds so many that the others keep HBM busy: a
-  /// tile of few bytes costs more time in dependent instructions than on its way.
-  static constexpr bool kTakesTwo = kStages >= 6;
+  /// tile of few bytes costs more time in dependent instructions than on its way. Turned keys leave no registers for
+  /// it.
+  static constexpr bool kTakesTwo = kStages >= 6 && !kRope;
   static constexpr int kRowChunks = kRowBytes / 16;
   static constexpr int kMaxRows = 8 * kRowTiles;
 

@@ -209,14 +209,14 @@ def _spec(variant: Variant, suffix: str) -> Any:
         [csrc_dir() / "decode.cu"],
         extra_cuda_cflags=[*arch_flags, *variant.macros()],
         extra_include_paths=[csrc_dir()],
-        extra_ldflags=_ldflags(),
+        extra_ldflags=ldflags(),
     )
     # FlashInfer adds fast math by default (and 0.6 unconditionally); our kernels say themselves where they approximate.
     spec.extra_cuda_cflags = [flag for flag in spec.extra_cuda_cflags if flag.lstrip("-") != "use_fast_math"]
     return spec
 
 
-def _ldflags() -> list[str]:
+def ldflags() -> list[str]:
     """What FlashInfer's own flags leave open.
 
     Every module is linked with -lcuda, of which ours use nothing, and a machine that only compiles has no driver: an
@@ -257,10 +257,9 @@ def nvcc_path() -> Path:
     return Path(nvcc)
 
 
-def compiled_ahead(folder: Path, variant: Variant) -> Path | None:
-    """The library of a variant that `fi-prefetch build --aot` left in a folder, if it has code for every GPU here."""
+def compiled_ahead(folder: Path, name: str) -> Path | None:
+    """The library that `fi-prefetch build --aot` left in a folder under a name, if it has code for every GPU here."""
     devices = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
-    name = f"{variant.name}_{sources_hash()}"
     for path in sorted(folder.glob(f"{name}_sm*.so")):
         architectures = path.stem.removeprefix(f"{name}_sm").split("_sm")
         if all(any(_runs_on(architecture, device) for architecture in architectures) for device in devices):
@@ -326,7 +325,7 @@ def load(variant: Variant) -> Any:
 def _build_and_load(variant: Variant) -> Any:
     folder = os.environ.get("FI_PREFETCH_AOT_DIR")
     if folder:
-        path = compiled_ahead(Path(folder), variant)
+        path = compiled_ahead(Path(folder), f"{variant.name}_{sources_hash()}")
         if path is not None:
             return load_ahead(path)
         logger.warning("%s (FI_PREFETCH_AOT_DIR) has no %s for the GPUs here: compiling", folder, variant.name)

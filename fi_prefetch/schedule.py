@@ -56,9 +56,11 @@ class Partition:
         return j
 
 
-def default_min_tiles(longest_request: int) -> int:
-    """Tiles that the kernel gives a warp at least, by the tiles of the longest request."""
-    return 1 << max(longest_request // 128, 1).bit_length() // 2
+def default_min_tiles(tiles: int, blocks: int, warps: int, longest_request: int) -> int:
+    """Tiles that the kernel gives a warp at least: by all tiles, the grid, and the tiles of the longest request."""
+    least = 1 << max(longest_request // 128, 1).bit_length() // 2
+    fits, most_work = tiles <= blocks * warps * least, 2 * tiles > blocks * warps * least
+    return 2 * least if least <= 2 and fits and most_work and longest_request > 8 * warps * least else least
 
 
 def most_abreast(warps: int, num_kv_heads: int) -> int:
@@ -138,8 +140,8 @@ class Schedule:
         line = sum(self.tiles) * self.num_kv_heads // self.abreast
         longest = max(self.tiles, default=0)
         equal = longest if longest * len(self.tiles) == sum(self.tiles) else 0
-        min_tiles = self.min_tiles_per_warp or default_min_tiles(longest)
-        blocks, warps = self.blocks, self.warps
+        tiles, blocks, warps = sum(self.tiles) * self.num_kv_heads, self.blocks, self.warps
+        min_tiles = self.min_tiles_per_warp or default_min_tiles(tiles, blocks, warps, longest)
         if self.abreast > 1:  # workers, parts of one or more blocks
             blocks, warps = blocks * warps // self.abreast, 1
         return Partition(line, active_blocks(line, blocks, warps, min_tiles, equal) * warps)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from flashinfer.jit import gen_jit_spec
 
 from fi_prefetch import jit
@@ -31,16 +30,7 @@ def jit_spec(architectures: Sequence[str] = ()) -> Any:
     """
     suffix = "".join("_sm" + a.replace(".", "") for a in architectures)
     folder = jit.csrc_dir()
-    return gen_jit_spec(name() + suffix, [SOURCE], extra_include_paths=[folder], extra_ldflags=jit._ldflags())
-
-
-def compiled_ahead(folder: Path) -> Path | None:
-    """The library that `fi-prefetch build --aot` left in a folder, if it has code for the GPU here."""
-    capability = torch.cuda.get_device_capability()
-    for path in sorted(folder.glob(f"{name()}_sm*.so")):
-        if any(jit._runs_on(arch, capability) for arch in path.stem.removeprefix(f"{name()}_sm").split("_sm")):
-            return path
-    return None
+    return gen_jit_spec(name() + suffix, [SOURCE], extra_include_paths=[folder], extra_ldflags=jit.ldflags())
 
 
 @functools.cache
@@ -50,5 +40,5 @@ def module() -> Any:
     What FI_PREFETCH_AOT_DIR names is looked through first, and needs no compiler.
     """
     folder = os.environ.get("FI_PREFETCH_AOT_DIR")
-    ahead = compiled_ahead(Path(folder)) if folder else None
+    ahead = jit.compiled_ahead(Path(folder), name()) if folder else None
     return jit_spec().build_and_load() if ahead is None else jit.load_ahead(ahead)

@@ -38,7 +38,7 @@ import torch
 from flashinfer.jit import gen_jit_spec
 
 from fi_prefetch import device, jit, reference
-from fi_prefetch.prefetch import WELL_FED_BYTES_PER_SM, PrefetchPolicy
+from fi_prefetch.prefetch import PrefetchPolicy
 from fi_prefetch.tune import Grid
 
 from . import flashinfer_run_ahead
@@ -536,20 +536,15 @@ def reading(result: dict[str, Any]) -> list[str]:
             f"the 2.15x that the paper reports {reached}: the most is {most:.2f}x, on {row['sms_used']} SMs at "
             f"{_where(row)}"
         )
-    for below, words in ((True, "less than"), (False, "at least")):
-        values = [
-            value
-            for row in result["rows"]
-            if row["part"] == "ours" and row["bytes_in_flight"] is not None
-            if (row["bytes_in_flight"] < WELL_FED_BYTES_PER_SM) == below
-            for name in distances("ours")
-            if (value := gain(row, name)) is not None
-        ]
-        if values:
-            found.append(
-                f"ours with {words} the {WELL_FED_BYTES_PER_SM >> 10} KiB an SM in flight below which `auto` adds "
-                f"run-ahead, over all distances: {min(values):.2f}x to {max(values):.2f}x"
-            )
+    values = [
+        value
+        for row in result["rows"]
+        if row["part"] == "ours"
+        for name in distances("ours")
+        if (value := gain(row, name)) is not None
+    ]
+    if values:
+        found.append(f"ours over all distances: {min(values):.2f}x to {max(values):.2f}x, and `auto` adds no run-ahead")
     return found
 
 

@@ -20,7 +20,7 @@ from emulator import module as emulated_module
 from machine_code import Kernel, kernels
 from tvm_ffi import libinfo
 
-from fi_prefetch import jit, prefetch
+from fi_prefetch import jit
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
@@ -308,10 +308,11 @@ def test_what_was_compiled_ahead_is_loaded_where_there_is_no_nvcc(case, tmp_path
     monkeypatch.setenv("FLASHINFER_NVCC", str(nothing))
     monkeypatch.setenv("FI_PREFETCH_AOT_DIR", str(kernels_folder))
     major, minor = (int(digit) for digit in case.architecture.rstrip("af").split("."))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for capability, found in (((major, minor), True), ((major + 1, minor), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert (measurement.compiled_ahead(kernels_folder) is not None) == found
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, minor))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
+        assert (jit.compiled_ahead(kernels_folder, measurement.name()) is not None) == found
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, minor))
     assert callable(measurement.module().read_rows)
 
 
@@ -346,4 +347,4 @@ def test_the_default_launch_fits_and_keeps_hbm_busy(variant, rows):
     warps, shared_bytes, stages = plan[1], plan[2], plan[7]
     assert shared_bytes <= 227 * 1024
     tile_bytes = 2 * 16 * head_dim * variant.dtype_kv.itemsize
-    assert warps * stages * tile_bytes >= prefetch.WELL_FED_BYTES_PER_SM
+    assert warps * stages * tile_bytes >= 64 << 10  # on its way; four times an H200's share of HBM at 1 us

@@ -113,7 +113,7 @@ def test_flashinfers_kernel_takes_the_prefetch_and_the_shared_memory() -> None:
     pad = flashinfer_run_ahead.PADS[-1]
     with jit.target_architectures(["9.0a"]):
         spec = flashinfer_run_ahead.jit_spec(pad)
-        spec.extra_ldflags = jit._ldflags()  # here is no driver to link with
+        spec.extra_ldflags = jit.ldflags()  # here is no driver to link with
         spec.build(verbose=False, need_lock=True)
     found = [
         kernel

@@ -84,30 +84,54 @@ def test_segments_hold_every_tile_once_in_order(lengths, heads, blocks, warps):
     assert max(per_warp.values(), default=0) == schedule.longest_piece
 
 
-@pytest.mark.parametrize("window_left", [-1, 40])
-@pytest.mark.parametrize("lengths", [[500], [40, 0, 333, 16, 1], [64] * 12, [80] * 5, [400] * 22, [300, 1, 200] * 16])
-def test_the_kernel_cuts_where_the_host_does(lengths, window_left):
-    """The window op asks for the first tile of every warp's piece, and so shows the kernel's own schedule."""
-    heads, blocks, warps, page_size = 4, 5, 4, 16
-    problem = emulated.make_problem(
-        lengths, heads_q=8, heads_kv=heads, page_size=page_size, blocks=blocks, warps=warps, window_left=window_left,
-        abreast_log2=2,
-    )  # fmt: skip
+def cuts_as(schedule, problem):
+    """Whether the kernel cuts as the schedule says: the window op asks for the first tile of every warp's piece."""
     asked = {int(a["address"]) for a in emulated.prefetch_kv(problem, tiles=1)}
-    schedule = Schedule(lengths, heads, blocks, warps, problem.min_tiles, window_left=window_left)
-    assert (schedule.abreast == 4) == (len(lengths) > 15 and window_left < 0)
+    page_size = problem.k.shape[1]
     expected = set()
     first_of_piece = {}
     for s in schedule.segments:
         first_of_piece.setdefault((s.block, s.warp), s)
     for s in first_of_piece.values():
+        length = schedule.lengths[s.request]
         first_token = 0
-        if window_left >= 0:
-            first_token = max(lengths[s.request] - 1 - window_left, 0) // 16 * 16
+        if schedule.window_left >= 0:
+            first_token = max(length - 1 - schedule.window_left, 0) // 16 * 16
         begin = first_token + s.first_tile * 16
-        for token in range(begin, min(begin + 16, lengths[s.request])):
+        for token in range(begin, min(begin + 16, length)):
             page = int(problem.indices[problem.indptr[s.request] + token // page_size])
             for cache in (problem.k, problem.v):
                 row = cache[page, token % page_size, s.head]
                 expected |= {row.data_ptr(), row.data_ptr() + 128}
-    assert asked == expected
+    return asked == expected
+
+
+@pytest.mark.parametrize("window_left", [-1, 40])
+@pytest.mark.parametrize("lengths", [[500], [40, 0, 333, 16, 1], [64] * 12, [80] * 5, [400] * 22, [300, 1, 200] * 16])
+def test_the_kernel_cuts_where_the_host_does(lengths, window_left):
+    heads, blocks, warps = 4, 5, 4
+    problem = emulated.make_problem(
+        lengths, heads_q=8, heads_kv=heads, page_size=16, blocks=blocks, warps=warps, window_left=window_left,
+        abreast_log2=2,
+    )  # fmt: skip
+    schedule = Schedule(lengths, heads, blocks, warps, problem.min_tiles, window_left=window_left)
+    assert (schedule.abreast == 4) == (len(lengths) > 15 and window_left < 0)
+    assert cuts_as(schedule, problem)
+
+
+def test_fewer_blocks_work_where_many_would_meet():
+    def working(lengths, heads):
+        return Schedule(lengths, heads, blocks=132, warps=8).working_blocks
+
+    assert working([2048], 8) == 64, "8 meet about a head, not 16"
+    assert working([8192], 4) == 64, "16, not 32"
+    assert working([2048], 4) == 64, "no more than half of the blocks as it is"
+    assert working([1024] * 8, 4) == 128, "4 meet"
+    assert working([8192], 8) == 128, "four tiles a warp already"
+    for length, blocks in ((600, 5), (500, 8)):
+        schedule = Schedule([length], 1, blocks=10, warps=4)
+        assert schedule.working_blocks == blocks
+        problem = emulated.make_problem(
+            [length], heads_q=2, heads_kv=1, page_size=16, blocks=10, warps=4, min_tiles=0
+        )
+        assert cuts_as(schedule, problem)
