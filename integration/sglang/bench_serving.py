@@ -272,27 +272,36 @@ def serve(asked: dict[str, Any]) -> None:
 
 
 class ResultFile:
-    """benchmarks/results/<gpu>/sglang.json: a row for each case, in it a number for each backend or why it has none."""
+    """benchmarks/results/<gpu>/sglang.json: a row for each case, in it a number for each backend or why it has none.
+
+    A row is of one commit and says so, as a file may hold rows of several: one of another commit than the run's makes
+    way when its case is measured.
+    """
 
     def __init__(self, path: Path, header: dict[str, Any], again: bool) -> None:
         self.path = path
         found = json.loads(path.read_text()) if path.exists() and not again else {}
-        self.content: dict[str, Any] = header | {"rows": found.get("rows", [])}
+        rows = [{"commit": found.get("commit")} | row for row in found.get("rows", [])]
+        self.content: dict[str, Any] = header | {"rows": rows}
 
-    def row(self, case: Case) -> dict[str, Any]:
-        key = case.key()
-        for row in self.content["rows"]:
-            if all(row[name] == value for name, value in key.items()):
-                return row
-        row = key | {"tokens_per_s": {}, "ms_per_step": {}, "attention_ms": {}, "attention_share": None}
-        self.content["rows"].append(row)
-        return row
+    def _is_of(self, row: dict[str, Any], case: Case) -> bool:
+        return all(row[name] == value for name, value in case.key().items())
+
+    def _row(self, case: Case) -> dict[str, Any] | None:
+        commit = self.content.get("commit")
+        return next((r for r in self.content["rows"] if r["commit"] == commit and self._is_of(r, case)), None)
 
     def has(self, case: Case, backend: str) -> bool:
-        return backend in self.row(case)["ms_per_step"]
+        row = self._row(case)
+        return row is not None and backend in row["ms_per_step"]
 
     def add(self, case: Case, backend: str, measured: dict[str, Any]) -> None:
-        row = self.row(case)
+        row = self._row(case)
+        if row is None:
+            row = {"commit": self.content.get("commit")} | case.key()
+            row |= {"tokens_per_s": {}, "ms_per_step": {}, "attention_ms": {}, "attention_share": None}
+            others = [other for other in self.content["rows"] if not self._is_of(other, case)]
+            self.content["rows"] = [*others, row]
         missing = row.pop("missing", {})
         missing.pop(backend, None)
         for name, value in measured.items():

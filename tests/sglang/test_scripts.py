@@ -623,6 +623,22 @@ def test_result_file_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert not bench_serving.ResultFile(path, {}, again=True).has(CASE, "fa3")
 
 
+def test_a_row_is_of_one_commit(tmp_path: Path) -> None:
+    path = tmp_path / "sglang.json"
+    header = {"gpu": "H100", "commit": "old"}
+    old = bench_serving.ResultFile(path, header, again=False)
+    for case in (CASE, SKEWED):
+        for backend in ("fa3", "fi_prefetch"):
+            old.add(case, backend, {"ms_per_step": 8.0})
+    new = bench_serving.ResultFile(path, header | {"commit": "new"}, again=False)
+    assert not new.has(CASE, "fa3"), "a time of another commit is no baseline"
+    new.add(CASE, "fi_prefetch", {"ms_per_step": 7.0})
+    written = json.loads(path.read_text())
+    assert written["commit"] == "new"
+    found = {row["batch"]: (row["commit"], row["ms_per_step"]) for row in written["rows"]}
+    assert found == {32: ("old", {"fa3": 8.0, "fi_prefetch": 8.0}), 16: ("new", {"fi_prefetch": 7.0})}
+
+
 def test_cases_that_are_too_large_are_left_out() -> None:
     # 8 billion parameters of 2 bytes, and 8192 tokens of 128 KiB for each of 128 requests.
     large = bench_serving.Case("llama-3-8b", ((8192, 128),), 136, "auto")
