@@ -1,9 +1,9 @@
 """The window op: attention after a stretch in which HBM is idle, with and without a prefetch in it; window.json.
 
 A step is an idle kernel of `window_us` (one thread that waits: the stand-in for an all-reduce) and attention; with the
-op, `prefetch_kv` runs on a side stream beside the idle kernel, and attention does not wait for it. What attention costs
-is a step less the idle kernel alone, all in CUDA graphs over rotating caches; warm is the same behind the same idle kernel
-on one cache, which stays in L2 where it fits.
+op, `prefetch_kv` runs on a side stream beside the idle kernel, and attention does not wait for it. What attention
+costs is a step less the idle kernel alone, all in CUDA graphs over rotating caches; warm is the same on one cache,
+which stays in L2 where it fits.
 """
 
 from __future__ import annotations
