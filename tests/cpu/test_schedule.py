@@ -131,7 +131,5 @@ def test_fewer_blocks_work_where_many_would_meet():
     for length, blocks in ((600, 5), (500, 8)):
         schedule = Schedule([length], 1, blocks=10, warps=4)
         assert schedule.working_blocks == blocks
-        problem = emulated.make_problem(
-            [length], heads_q=2, heads_kv=1, page_size=16, blocks=10, warps=4, min_tiles=0
-        )
+        problem = emulated.make_problem([length], heads_q=2, heads_kv=1, page_size=16, blocks=10, warps=4, min_tiles=0)
         assert cuts_as(schedule, problem)
