@@ -19,6 +19,9 @@ VOCABULARY = 320
 TIE = 1e-3
 # float32 against float32, through three layers.
 LOGPROB_TOLERANCE = 1e-4
+# With K and V in 8 bits a last bit of theirs, which hangs on how many requests are prefilled together, may round to
+# another number of theirs, 6 % away.
+LOGPROB_TOLERANCE_OF_8_BITS = 0.1
 
 _random = random.Random(3)
 
@@ -107,13 +110,15 @@ def answers(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Answe
     return Answers(release, tmp_path_factory.mktemp(f"sglang-{release.version}"))
 
 
-def check_same(ours: dict[str, Any], theirs: dict[str, Any], new_tokens: int) -> None:
-    """The same tokens with the same log-probabilities, up to the first tie."""
+def check_same(
+    ours: dict[str, Any], theirs: dict[str, Any], new_tokens: int, tolerance: float = LOGPROB_TOLERANCE
+) -> None:
+    """The same tokens with the same log-probabilities, up to the first tie: two as close as what they may differ by."""
     assert len(ours["tokens"]) == len(theirs["tokens"]) == new_tokens
     for position, (top, their_top) in enumerate(zip(ours["top"], theirs["top"], strict=True)):
         (first, _), (second, _) = their_top
-        assert top[0][0] == pytest.approx(first, abs=LOGPROB_TOLERANCE), f"token {position}"
-        if first - second < TIE:
+        assert top[0][0] == pytest.approx(first, abs=tolerance), f"token {position}"
+        if first - second < max(TIE, 2 * tolerance):
             return
         assert ours["tokens"][position] == theirs["tokens"][position], f"token {position}"
 
@@ -122,12 +127,14 @@ def check_same(ours: dict[str, Any], theirs: dict[str, Any], new_tokens: int) ->
 @pytest.mark.parametrize(
     ("model", "batch"), [(model, batch) for model, batches in BATCHES.items() for batch in batches]
 )
-def test_answers_are_sglangs_own(answers: Answers, model: str, batch: str, backend: str) -> None:
+def test_answers_are_sglangs_own(answers: Answers, release: Release, model: str, batch: str, backend: str) -> None:
+    in_8_bits = model == "gemma2" and GEMMA_CACHE[release.version] != "auto"
+    tolerance = LOGPROB_TOLERANCE_OF_8_BITS if in_8_bits else LOGPROB_TOLERANCE
     new_tokens = BATCHES[model][batch]["new_tokens"]
     ours = answers.of(f"{model} {backend}", batch)
     theirs = answers.of(f"{model} torch_native", batch)
     for our_answer, their_answer in zip(ours, theirs, strict=True):
-        check_same(our_answer, their_answer, new_tokens)
+        check_same(our_answer, their_answer, new_tokens, tolerance)
 
 
 def test_models_answer_differently_when_attention_is_wrong(answers: Answers) -> None:
