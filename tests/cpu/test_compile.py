@@ -100,7 +100,7 @@ _TRAITS = re.compile(
 ROW_TILES = (1, 2)
 # Bytes that a decode kernel may spill, by head_dim and row tiles. 256 dimensions of 16 rows are 128 registers of sums a
 # lane; rotary positions keep a token's turns in registers besides, ALiBi its slopes, and a second tile that is taken
-# with the first its scores. What is left of those with 8 to 32 bytes is read back once or a few times in all of the code.
+# with the first its scores. The few bytes at 128 dimensions are read back once or a few times in all of the code.
 MAX_SPILLED_BYTES = {
     "NONE": {(128, 2): 32, (256, 1): 8, (256, 2): 496},
     "ALIBI": {(128, 2): 48, (256, 1): 8, (256, 2): 496},
