@@ -137,10 +137,11 @@ class Schedule:
     @cached_property
     def partition(self) -> Partition:
         """The cut of the line, which all workers share."""
-        line = sum(self.tiles) * self.num_kv_heads // self.abreast
+        tiles = sum(self.tiles) * self.num_kv_heads
+        line = tiles // self.abreast
         longest = max(self.tiles, default=0)
         equal = longest if longest * len(self.tiles) == sum(self.tiles) else 0
-        tiles, blocks, warps = sum(self.tiles) * self.num_kv_heads, self.blocks, self.warps
+        blocks, warps = self.blocks, self.warps
         min_tiles = self.min_tiles_per_warp or default_min_tiles(tiles, blocks, warps, longest)
         if self.abreast > 1:  # workers, parts of one or more blocks
             blocks, warps = blocks * warps // self.abreast, 1
