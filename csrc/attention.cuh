@@ -236,6 +236,28 @@ class WarpAttention {
     }
   }
 
+  /// Adds what write_partial() left of other tokens of the same request and head.
+  FI_PREFETCH_DEVICE void add_partial(const float* partial) {
+    const uint32_t p_row = lane_index() / 4, j = lane_index() % 4;
+    const uint32_t last_row = p_.group_size * p_.q_len - 1;
+#pragma unroll
+    for (int n = 0; n < T::kRowTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        // A row beyond the last takes in the last one's, so that no load hangs on a condition; it is never written.
+        const float* row = partial + min(n * 8 + 2 * j + e, last_row) * T::kPartialStride;
+        const float* dimensions = row + (T::kFp8 ? 2 : 1) * p_row;
+        const Weights weights = take_in(2 * n + e, row[T::kHeadDim], row[T::kHeadDim + 1]);
+#pragma unroll
+        for (int d = 0; d < kProducts; ++d) {
+          float &a = output_[d][n][e], &b = output_[d][n][2 + e];
+          a = a * weights.own + dimensions[d * 16] * weights.other;
+          b = b * weights.own + dimensions[d * 16 + (T::kFp8 ? 1 : 8)] * weights.other;
+        }
+      }
+    }
+  }
+
   /// What save() writes: the fragments as they are, 32 lanes side by side.
   static constexpr uint32_t kSavedVectors = 32 * T::kRowTiles * (T::kHeadDim / 16 + 1);
   static constexpr uint32_t kSavedBytes = kSavedVectors * sizeof(float4);
@@ -265,22 +287,12 @@ class WarpAttention {
       const float4 head = load(n);
 #pragma unroll
       for (int d = 0; d < kProducts; ++d) x[d] = load(T::kRowTiles * (d + 1) + n);
-      const float max[2] = {head.x, head.y}, sum[2] = {head.z, head.w};
-      float own[2], other[2];  // weights
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = 2 * n + e;
-        const float greatest = fmaxf(max_[c], max[e]);
-        const float reference = greatest == -INFINITY ? 0.0f : greatest;
-        own[e] = ptx::exp2_fast(max_[c] - reference), other[e] = ptx::exp2_fast(max[e] - reference);
-        sum_[c] = sum_[c] * own[e] + sum[e] * other[e];
-        max_[c] = greatest;
-      }
+      const Weights even = take_in(2 * n, head.x, head.z), odd = take_in(2 * n + 1, head.y, head.w);
 #pragma unroll
       for (int d = 0; d < kProducts; ++d) {
         float (&o)[4] = output_[d][n];
-        o[0] = o[0] * own[0] + x[d].x * other[0], o[1] = o[1] * own[1] + x[d].y * other[1];
-        o[2] = o[2] * own[0] + x[d].z * other[0], o[3] = o[3] * own[1] + x[d].w * other[1];
+        o[0] = o[0] * even.own + x[d].x * even.other, o[1] = o[1] * odd.own + x[d].y * odd.other;
+        o[2] = o[2] * even.own + x[d].z * even.other, o[3] = o[3] * odd.own + x[d].w * odd.other;
       }
     }
   }
@@ -288,6 +300,22 @@ class WarpAttention {
  private:
   static constexpr int kProducts = T::kHeadDim / 16;  // 16 dimensions each: steps of Q K^T, row blocks of O^T
   static constexpr int kColumns = 2 * T::kRowTiles;   // query rows that a lane has in its fragments
+
+  /// By which the output sums of a column, and of other tokens that are taken in, are multiplied.
+  struct Weights {
+    float own;
+    float other;
+  };
+
+  /// Takes in the greatest score and the sum of weights that other tokens have in column c.
+  FI_PREFETCH_DEVICE Weights take_in(int c, float max, float sum) {
+    const float greatest = fmaxf(max_[c], max);
+    const float reference = greatest == -INFINITY ? 0.0f : greatest;
+    const Weights weights = {ptx::exp2_fast(max_[c] - reference), ptx::exp2_fast(max - reference)};
+    sum_[c] = sum_[c] * weights.own + sum * weights.other;
+    max_[c] = greatest;
+    return weights;
+  }
 
   FI_PREFETCH_DEVICE static void clear(float (&sums)[T::kRowTiles][4]) {
 #pragma unroll

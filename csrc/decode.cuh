@@ -86,7 +86,11 @@ FI_PREFETCH_DEVICE Share share_of(const Piece<T>& piece, const TileCursor<T::kWi
   share.first = begin >= partition.begin(first_worker) ? own : partition.owner(begin) / workers;
   const uint32_t last = end <= partition.begin(first_worker + workers) ? own : partition.owner(end - 1) / workers;
   share.count = last - share.first + 1;
-  share.leads = !abreast && (share.warps & ((1u << warp_index()) - 1)) == 0;
+  const bool is_first = !abreast && (share.warps & ((1u << warp_index()) - 1)) == 0;
+  // A block may have several such shares, and the rows of them all would take turns in its merge, of about 0.8 us
+  // (H100). The first of up to eight warps would be at it as long as a turn.
+  share.alone = is_first && share.count == 1 && __popc(share.warps) <= 4;
+  share.leads = is_first && !share.alone;
   return share;
 }
 
@@ -159,7 +163,8 @@ FI_PREFETCH_DEVICE void write_empty_requests(const DecodeParams& p) {
 
 /// Puts away what the warp computed of a request and head, when its last tile in the warp's piece is done: to the
 /// output if no other warp has a tile of it, else to shared memory for the block's merge, or to where it meets the
-/// other warps by itself. `begin` and `end`: where the request and head's tiles are on the line.
+/// other warps by itself. What merge_own_share() goes on with stays where it is. `begin` and `end`: where the request
+/// and head's tiles are on the line.
 template <typename T>
 FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece<T>& piece, const Run& run, uint32_t begin,
                                  uint32_t end, WarpAttention<T>& attention, const SharedMemory<T>& shared) {
@@ -172,14 +177,31 @@ FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece<T>& piece, c
   if (has_all || (abreast && meet_other_warps<T>(p, share, piece.partition.abreast_log2, attention))) {
     attention.write_output(run.request, run.head);
   }
-  if (has_all || abreast) return;
+  if (has_all || abreast || share.alone) return;
   // What goes on is the piece's last: its ring holds no other tile, and after the barrier no lane reads this one.
   __syncwarp();
   attention.write_partial(goes_on ? shared.right_partial(warp) : shared.left_partial(warp, p.group_size * p.q_len));
 }
 
-/// Merges what the block's warps left, then meets the other blocks. The warps take the rows of all shares in turns.
-/// Collective over the block, after a barrier.
+/// Merges what this warp has begun, and a few others of its block have gone on with, and writes it out. Collective over
+/// the warp, after the block's barrier.
+template <typename T>
+FI_PREFETCH_DEVICE void merge_own_share(const DecodeParams& p, const SharedMemory<T>& shared,
+                                        WarpAttention<T>& attention) {
+  const uint32_t warp = warp_index();
+  const Share share = shared.right_shares[warp];
+  if (!share.alone) return;
+#pragma unroll 1
+  for (uint32_t others = share.warps & ~(1u << warp); others != 0; others &= others - 1) {
+    const uint32_t other = __ffs(others) - 1;
+    const bool goes_on = share.goes_on >> other & 1;
+    attention.add_partial(goes_on ? shared.right_partial(other) : shared.left_partial(other, p.group_size * p.q_len));
+  }
+  attention.write_output(share.request, share.head);
+}
+
+/// Merges what else the block's warps left, then meets the other blocks. The warps take the rows of all shares in
+/// turns. Collective over the block, after a barrier.
 template <typename T>
 FI_PREFETCH_DEVICE void merge_shares(const DecodeParams& p, const SharedMemory<T>& shared) {
   const uint32_t warps = warps_per_block();
@@ -324,6 +346,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   if (piece.partition.abreast_log2 > 0) return;               // its warps met others by themselves
   if (blockIdx.x * warps >= piece.partition.workers) return;  // a block without work, all of its warps
   __syncthreads();
+  merge_own_share<T>(p, shared, attention);
   merge_shares<T>(p, shared);
 }
 

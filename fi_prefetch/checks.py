@@ -67,7 +67,7 @@ def index_vector(name: str, value: Any, dtype: torch.dtype | None, device: torch
         raise ValueError(f"{name}: expected one dimension, got shape {tuple(value.shape)}")
     if not value.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous vector, got stride {value.stride(0)}")
-    if value.device.type not in ("cpu", device.type):
+    if value.device != device and value.device.type not in ("cpu", device.type):  # asking for a type is slow
         raise ValueError(f"{name}: expected device {device} or cpu, got {value.device}")
 
 
@@ -88,11 +88,8 @@ def graph_buffers(device: torch.device, buffers: dict[str, Any]) -> None:
         )
 
 
-def plan_arguments(
-    indptr: Any, indices: Any, last_page_len: Any, num_qo_heads: Any, num_kv_heads: Any, head_dim: Any, page_size: Any,
-    device: torch.device,
-) -> None:  # fmt: skip
-    """The page table and the shape of a plan, as far as can be seen without reading a tensor."""
+def plan_table(indptr: Any, indices: Any, last_page_len: Any, device: torch.device) -> None:
+    """The page table of a plan, as far as can be seen without reading it."""
     index_vector("indptr", indptr, None, device)
     index_vector("indices", indices, indptr.dtype, device)
     index_vector("last_page_len", last_page_len, indptr.dtype, device)
@@ -101,6 +98,10 @@ def plan_arguments(
             f"indptr: expected batch_size + 1 = {last_page_len.shape[0] + 1} entries (last_page_len has "
             f"{last_page_len.shape[0]}), got {indptr.shape[0]}"
         )
+
+
+def plan_shape(num_qo_heads: Any, num_kv_heads: Any, head_dim: Any, page_size: Any) -> None:
+    """What a plan says of heads and pages."""
     integer("num_kv_heads", num_kv_heads, 1)
     integer("num_qo_heads", num_qo_heads, 1)
     integer("head_dim", head_dim, 1)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import operator
 import os
 import warnings
 from collections.abc import Iterator
@@ -126,6 +127,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
 
         self._check_contents = self.device.type == "cpu" or os.environ.get("FI_PREFETCH_CHECK") == "1"
         self._decision = _NOT_PLANNED
+        # What the last plan was asked for, and the spec of it.
+        self._asked: tuple[tuple[Any, ...], DecodeSpec | None] = ((), None)
         # A server comes back to the same few hundred shapes.
         self._decisions: dict[tuple[DecodeSpec, int | None], Decision] = {}
         self._choice = _NOT_PLANNED.choice
@@ -272,11 +275,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         installed FlashInfer does not know it.
         """
         indptr, indices, last_page_len = map(checks.made_contiguous, (indptr, indices, last_page_len))
-        checks.plan_arguments(
-            indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, self.device
-        )
-        spec = self._spec(
-            indptr.dtype, last_page_len.shape[0], num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode,
+        checks.plan_table(indptr, indices, last_page_len, self.device)
+        spec = self._spec_of(
+            last_page_len.shape[0], indptr.dtype, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode,
             window_left, logits_soft_cap, q_data_type, kv_data_type, o_data_type, data_type, fixed_split_size,
             disable_split_kv, q_len_per_req, window_right, is_causal, use_token_head_sf,
         )  # fmt: skip
@@ -300,13 +301,23 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
     # FlashInfer 0.7's fast_decode_plan comes here for what its fast path has no kernel for.
     _plan_impl = plan
 
+    def _spec_of(self, batch_size: int, *asked: Any) -> DecodeSpec:
+        """`plan`'s arguments as a spec. A server plans from step to step with the same objects, which were checked."""
+        before, spec = self._asked
+        if spec is not None and spec.batch_size == batch_size and all(map(operator.is_, asked, before)):
+            return spec
+        spec = self._spec(batch_size, *asked)
+        self._asked = asked, spec
+        return spec
+
     def _spec(
-        self, dtype_index: torch.dtype, batch_size: int, num_qo_heads: int, num_kv_heads: int, head_dim: int,
+        self, batch_size: int, dtype_index: torch.dtype, num_qo_heads: int, num_kv_heads: int, head_dim: int,
         page_size: int, pos_encoding_mode: str, window_left: int, logits_soft_cap: float | None, q_data_type: Any,
         kv_data_type: Any, o_data_type: Any, data_type: Any, fixed_split_size: int | None, disable_split_kv: bool,
         q_len_per_req: int, window_right: int, is_causal: bool | None, use_token_head_sf: bool = False,
     ) -> DecodeSpec:  # fmt: skip
         """`plan`'s arguments with FlashInfer's defaults filled in, checked."""
+        checks.plan_shape(num_qo_heads, num_kv_heads, head_dim, page_size)
         if q_data_type is None:
             q_data_type = data_type
         if kv_data_type is None:
@@ -371,7 +382,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
 
         Raises NotImplementedError where nobody does.
         """
-        decision = self._decisions.get((spec, kv_bytes))
+        decision: Decision | None = self._decision  # the same as before, where a server plans from step to step
+        if decision.spec is not spec or decision.kv_bytes != kv_bytes:
+            decision = self._decisions.get((spec, kv_bytes))
         if decision is None:
             workspaces = (
                 self._float_workspace_buffer, self._int_workspace_buffer, self._pin_memory_int_workspace_buffer
@@ -488,7 +501,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         spec = self._decision.spec._replace(q_len_per_req=self._q_len_per_req, is_causal=None, **changes)
         table = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
         shape = (spec.num_qo_heads, spec.num_kv_heads, spec.head_dim, spec.page_size)
-        checks.plan_arguments(*table, *shape, self.device)
+        checks.plan_table(*table, self.device)
+        checks.plan_shape(*shape)
         for name, tensor in zip(("indptr", "indices", "last_page_len"), table, strict=True):
             if tensor.device != self.device:
                 raise ValueError(f"{name}: expected device {self.device}, got {tensor.device}")
@@ -890,7 +904,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         else:
             _FlashInferWrapper.reset_workspace_buffer(self, float_workspace_buffer, int_workspace_buffer)
         size = float_workspace_buffer.numel() * float_workspace_buffer.element_size()
-        self._decisions = {}
+        self._decisions, self._asked = {}, ((), None)
         if self._decision.module is None or self._decision.partial_bytes > size:
             # Who serves may depend on the size, and FlashInfer's plan lay in the old buffer.
             self._choice = KernelChoice("none", "the workspaces are new, and the plan needs them")
@@ -927,11 +941,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         Raises NotImplementedError where FlashInfer serves and its release cannot say.
         """
         indptr, indices, last_page_len = map(checks.made_contiguous, (indptr, indices, last_page_len))
-        checks.plan_arguments(
-            indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, self.device
-        )
+        checks.plan_table(indptr, indices, last_page_len, self.device)
         spec = self._spec(
-            indptr.dtype, last_page_len.shape[0], num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode,
+            last_page_len.shape[0], indptr.dtype, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode,
             window_left, logits_soft_cap, q_data_type, kv_data_type, o_data_type, data_type, fixed_split_size,
             disable_split_kv, q_len_per_req, 0, None,
         )  # fmt: skip

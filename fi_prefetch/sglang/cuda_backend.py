@@ -8,7 +8,7 @@ get), `indices_updater_decode` with `call_begin_forward` (which fills the page t
 
 It leaves out of a decode step what our kernel does not need: the plan on the host, the copy of each layer's queries
 out of the rows that they share with K and V, and all but one of the launches that fill the page table, or convert and
-store a layer's K and V in an e4m3 cache.
+store a layer's K and V in an e4m3 cache. And what stores a layer's K and V lets our kernel begin beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend, FlashInferIndicesUpdaterDecode
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
 
 from . import kv_store, named_backends, page_table, promises, settings
 from . import layers as model_layers
@@ -71,10 +72,10 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
             logger.warning("fi_prefetch: FlashInfer's kernels decode this model: %s", reason)
             return
         self.indices_updater_decode = updater = _DecodePageTable(runner, self)
+        device = self.workspace_buffer.device
         # Where reads are translated, so are the places to write to.
-        self._stores_e4m3 = not updater.reads_are_translated() and kv_store.serves(
-            self.token_to_kv_pool, self.workspace_buffer.device
-        )
+        self._stores = not updater.reads_are_translated() and kv_store.serves(self.token_to_kv_pool, device)
+        self._launches_dependents = kv_store.launches_dependents(device)
         if settings.window() == "all_reduce":
             self._window = AllReduceWindow.open(self, self._layers, runner.server_args)
         self._log_start()
@@ -208,20 +209,26 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
         given: Any = q
         if self._serves:
             given = _Queries(q)
-            if save_kv_cache and self._stores_e4m3 and self._is_plain_store(layer, k, v):
+            if save_kv_cache and self._stores and self._is_plain_store(layer, k, v):
                 k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-                kv_store.store(k, v, k_cache, v_cache, forward_batch.out_cache_loc)
+                dependent = self._launches_dependents and not torch.compiler.is_compiling()
+                kv_store.store(k, v, k_cache, v_cache, forward_batch.out_cache_loc, dependent)
                 save_kv_cache = False
         output = super().forward_decode(given, k, v, layer, forward_batch, save_kv_cache)
         if self._window is not None:
             self._window.after_attention(layer)
         return output
 
-    @staticmethod
-    def _is_plain_store(layer: RadixAttention, k: torch.Tensor | None, v: torch.Tensor | None) -> bool:
+    def _is_plain_store(self, layer: RadixAttention, k: torch.Tensor | None, v: torch.Tensor | None) -> bool:
         """Whether a layer stores this step's own K and V, and as they are: SGLang divides by a scale first."""
         scaled = layer.k_scale is not None or layer.v_scale is not None
-        return k is not None and v is not None and not (scaled or layer.is_cross_attention) and kv_store.takes(k, v)
+        if k is None or v is None or scaled or layer.is_cross_attention:
+            return False
+        cache = self.token_to_kv_pool.dtype
+        if not kv_store.takes(k, v, cache):
+            return False
+        # Without a conversion only the dependent launch gains, in a graph; elsewhere Triton's launch costs host time.
+        return cache != k.dtype or (get_is_capture_mode() and not torch.compiler.is_compiling())
 
 
 class _Queries:

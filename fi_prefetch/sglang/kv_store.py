@@ -1,6 +1,9 @@
-"""A decode step's K and V into an e4m3 cache, in one launch.
+"""A decode step's K and V into the cache, in one launch that lets attention begin beside it.
 
-SGLang converts K, then V, then stores both. In a step these kernels are all launch, three a layer.
+SGLang's own store lets the kernel after it start when it is done. This one does at once, so that our decode kernel is
+launched, makes its schedule and brings in what the step does not write, while the step's queries and K are still being
+turned and stored; it waits for this kernel where it needs what was written, and this one has waited for the kernel
+before. With an e4m3 cache SGLang converts K, then V, then stores both: three launches a layer.
 """
 
 from __future__ import annotations
@@ -11,27 +14,38 @@ import torch
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 
-# Triton has the conversion from here on.
-_CAPABILITY = (8, 9)
+_FLOATS = (torch.bfloat16, torch.float16)
+# Triton has the conversion to e4m3, and GPUs programmatic dependent launch, from here on.
+_CONVERTS = (8, 9)
+_LAUNCHES_DEPENDENTS = (9, 0)
 
 
 def serves(pool: Any, device: torch.device) -> bool:
-    """Whether one of SGLang's pools has rows of e4m3 that `store` can write."""
+    """Whether one of SGLang's pools has rows that `store` can write, better than SGLang does."""
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
     # Not a pool derived from it: those have other rows, or other places for them, as a quantized one has.
-    if type(pool) is not MHATokenToKVPool or pool.is_quantized_kv_cache:
+    if type(pool) is not MHATokenToKVPool or pool.is_quantized_kv_cache or pool.kv_cache_layout != "nhd":
         return False
-    if pool.dtype != torch.float8_e4m3fn or pool.kv_cache_layout != "nhd":
-        return False
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= _CAPABILITY
+    if pool.dtype in _FLOATS:
+        return launches_dependents(device)
+    return pool.dtype == torch.float8_e4m3fn and (
+        device.type == "cpu" or torch.cuda.get_device_capability(device) >= _CONVERTS
+    )
 
 
-def takes(k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether `store` can read a step's K and V: rows of one size, each of them dense."""
+def launches_dependents(device: torch.device) -> bool:
+    """Whether a GPU has programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _LAUNCHES_DEPENDENTS
+
+
+def takes(k: torch.Tensor, v: torch.Tensor, cache: torch.dtype) -> bool:
+    """Whether `store` can read a step's K and V: rows of one size, each of them dense, of the cache's type or to be
+    converted to e4m3."""
     return (
         k.dtype == v.dtype
-        and k.dtype in (torch.bfloat16, torch.float16)
+        and k.dtype in _FLOATS
+        and cache in (k.dtype, torch.float8_e4m3fn)
         and k.shape == v.shape
         and k[:1].is_contiguous()
         and v[:1].is_contiguous()
@@ -39,15 +53,18 @@ def takes(k: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def store(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+    dependent: bool,
 ) -> None:  # fmt: skip
-    """Converts and stores each token's K and V. What is beyond e4m3's range becomes its end, where SGLang's conversion
-    makes it no number.
+    """Stores each token's K and V, converted where the cache is e4m3.
+
+    What is beyond e4m3's range becomes its end, where SGLang's conversion makes it no number.
 
     Args:
-        k, v: [tokens, kv heads, head_dim], for which `takes` holds.
+        k, v: [tokens, kv heads, head_dim], which `takes` takes for this cache.
         k_cache, v_cache: [slots, kv heads, head_dim] of a pool that `serves`.
         slots: of each token, where it goes.
+        dependent: by programmatic dependent launch, which the GPU has.
     """
     tokens = k.shape[0]
     if not tokens:
@@ -55,7 +72,7 @@ def store(
     row = k[0].numel()
     _store[(tokens, 2)](
         k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), k_cache.stride(0), v_cache.stride(0), row,
-        BLOCK=triton.next_power_of_2(row),
+        BLOCK=triton.next_power_of_2(row), DEPENDENT=dependent, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
 
@@ -72,7 +89,12 @@ def _store(
     v_cache_stride,
     row,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        # In this order: the kernel after this one may then start beside the one before, too.
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     if tl.program_id(1) == 0:

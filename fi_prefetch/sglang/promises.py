@@ -13,18 +13,19 @@ next batch on the CPU and launches into the same stream; where SGLang prepares m
 layers' stream waits for an event, which is a full wait too.
 
 **Nothing but each request's newest token is written in a decode step.** Every attention layer stores K and V of this
-step's tokens (`set_kv_buffer`, or the rope kernel that does it on the way) right before its attention; each request has
-one, at the end of its page table. That store may still be running when our kernel starts. Everything older was written
-by an earlier forward: an earlier step, or a prefill chunk, in this stream. What else writes KV does so before the step
-starts: pages that hierarchical caching or a prefill server brings in are waited for (by an event, or by the scheduler,
-also where a decode server brings in a prefix that no forward of its own ever ran) before their requests are decoded;
-retraction gives slots back and a later prefill fills them anew; the extra step that the overlap scheduler runs for a
-finished request writes at that request's end, in this stream. Padded rows of a CUDA graph write to slot 0, which
-belongs to nobody. Two-batch overlap runs the layers of two halves of a batch in turns, in this stream: each half writes
-its own requests' newest tokens. A layer that reads another layer's KV, or an encoder's, writes nothing.
+step's tokens (`set_kv_buffer`, our `kv_store`, or the rope kernel that does it on the way) right before its attention;
+each request has one, at the end of its page table. That store may still be running when our kernel starts, or, being
+`kv_store`, still be waiting for the kernel before it. Everything older was written by an earlier forward: an earlier
+step, or a prefill chunk, in this stream. What else writes KV does so before the step starts: pages that hierarchical
+caching or a prefill server brings in are waited for (by an event, or by the scheduler, also where a decode server
+brings in a prefix that no forward of its own ever ran) before their requests are decoded; retraction gives slots back
+and a later prefill fills them anew; the extra step that the overlap scheduler runs for a finished request writes at
+that request's end, in this stream. Padded rows of a CUDA graph write to slot 0, which belongs to nobody. Two-batch
+overlap runs the layers of two halves of a batch in turns, in this stream: each half writes its own requests' newest
+tokens. A layer that reads another layer's KV, or an encoder's, writes nothing.
 
 **Queries** are not in the promise: they are read after the wait. Where the kernel that wrote them is not the one before
-ours, that one, the store of K and V, has itself waited for it.
+ours, that one, the store of K and V, does not end before it has itself waited for it.
 
 It is not true where the KV that attention reads is a workspace that the layer fills in the step (4-bit caches), and not
 obviously true where prefill and decode run in different streams of one GPU (PD multiplexing).

@@ -383,7 +383,7 @@ def test_a_workspace_that_is_too_small_goes_to_flashinfer():
     batch = make_batch([40], dtype=BF16)
     wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(1024))
     spec = wrapper._spec(
-        torch.int32, 1, *batch.shape, "NONE", -1, None, BF16, BF16, None, None, None, False, 1, 0, None
+        1, torch.int32, *batch.shape, "NONE", -1, None, BF16, BF16, None, None, None, False, 1, 0, None
     )
     choice = decision.decide(spec, 1 << 20, 16, workspace(1024), torch.empty(0), torch.empty(0)).choice
     assert choice.kernel == "flashinfer" and "float workspace holds 1024 bytes" in choice.reason

@@ -391,8 +391,12 @@ def test_neither_pickled_nor_copied(batch):
             operation(wrapper)
 
 
-def test_new_workspaces(batch, dense_decode):
+@pytest.mark.parametrize("graph", [False, True])
+def test_new_workspaces(batch, dense_decode, graph):
     wrapper = planned(batch)
+    if graph:
+        wrapper = graph_wrapper(batch)
+        wrapper.plan(*batch.table, *batch.shape, **batch.dtypes)
     wrapper.reset_workspace_buffer(workspace(), workspace(64))
     with pytest.raises(RuntimeError, match="plan"):
         wrapper.run(batch.q, batch.cache)
@@ -584,6 +588,32 @@ def test_the_first_bad_page_number(batch):
     wrapper = planned(batch)
     with pytest.raises(ValueError, match=r"indices: .* got 77 at position 3 \(request 3, its page 1\)"):
         wrapper.run(batch.q, batch.cache)
+
+
+@pytest.mark.parametrize(
+    "changes, error",
+    [
+        ({"window_left": True}, TypeError),
+        ({"q_len_per_req": 1.0}, TypeError),
+        ({"use_token_head_sf": 0}, TypeError),
+        ({"window_left": -2}, ValueError),
+    ],
+)
+def test_a_bad_plan_is_refused_after_a_good_one_too(batch, changes, error):
+    """Arguments that were checked are told by being the same objects; 1 is not True, nor 1.0."""
+    wrapper = planned(batch, window_left=1)
+    with pytest.raises(error, match=next(iter(changes))):
+        wrapper.plan(*batch.table, *batch.shape, **batch.dtypes, **{"window_left": 1, **changes})
+
+
+def test_a_plan_of_another_batch_size_is_another_plan(make_batch):
+    first, second = make_batch(lengths=[5, 70, 33]), make_batch(lengths=[5, 70])
+    wrapper = planned(first)
+    before = wrapper._decision
+    wrapper.plan(*second.table, *second.shape, **second.dtypes)
+    assert wrapper._decision.spec == before.spec._replace(batch_size=2)
+    wrapper.plan(*first.table, *first.shape, **first.dtypes)
+    assert wrapper._decision is before
 
 
 def test_run_before_plan(batch):

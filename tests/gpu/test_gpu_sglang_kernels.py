@@ -1,10 +1,12 @@
-"""What the SGLang backend launches beside attention, on a GPU: the page table of a step, and an e4m3 cache's store."""
+"""What the SGLang backend launches beside attention, on a GPU: the page table of a step, and the cache's store."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import fi_prefetch
+from fi_prefetch import reference
 from fi_prefetch.sglang import kv_store, page_table
 
 E4M3 = torch.float8_e4m3fn
@@ -35,27 +37,88 @@ def test_page_table_of_a_skewed_batch(requests: int, starts: bool, dtype: torch.
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3, 8, 32])
+@pytest.mark.parametrize("dependent", [False, True])
+@pytest.mark.parametrize("converts", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stored_rows_are_pytorchs_conversion(dtype: torch.dtype, kv_heads: int) -> None:
-    """Bit for bit, in e4m3's range."""
+def test_stored_rows_are_pytorchs(dtype: torch.dtype, converts: bool, dependent: bool, kv_heads: int) -> None:
+    """Bit for bit, in e4m3's range; also right behind the kernels that make them, in a graph."""
+    stored_dtype = E4M3 if converts else dtype
     generator = torch.Generator("cuda").manual_seed(kv_heads)
     row = kv_heads * 128
     made = torch.randn(65, 3 * row, device="cuda", generator=generator)
     scales = torch.logspace(-4, 1.9, 65, device="cuda")[:, None]
-    rows = (made * scales).clamp(-448, 448).to(dtype)
+    numbers = (made * scales).clamp(-448, 448).to(dtype)
+    rows = torch.zeros_like(numbers)
     k, v = (rows[:, part * row :][:, :row].view(65, kv_heads, 128) for part in (1, 2))
-    k_cache, v_cache = (torch.zeros(200, kv_heads, 128, device="cuda").to(E4M3) for _ in range(2))
+    k_cache, v_cache = (torch.zeros(200, kv_heads, 128, device="cuda").to(stored_dtype) for _ in range(2))
     slots = torch.randperm(200, device="cuda", generator=generator)[:65]
-    assert kv_store.takes(k, v)
-    kv_store.store(k, v, k_cache, v_cache, slots)
-    for cache, stored in ((k_cache, k), (v_cache, v)):
-        expected = torch.zeros_like(cache)
-        expected.view(torch.uint8)[slots] = stored.to(E4M3).view(torch.uint8)
-        assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8))
+    assert kv_store.takes(k, v, stored_dtype)
+
+    def step() -> None:
+        rows.copy_(numbers)
+        kv_store.store(k, v, k_cache, v_cache, slots, dependent)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for replay in range(3):
+        numbers.copy_(numbers.roll(1, 0))
+        graph.replay()
+        for cache, stored in ((k_cache, k), (v_cache, v)):
+            expected = torch.zeros_like(cache)
+            expected.view(torch.uint8)[slots] = stored.to(stored_dtype).view(torch.uint8)
+            assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8)), replay
 
 
 def test_what_is_beyond_the_range_becomes_its_end() -> None:
     k = torch.tensor([[[500.0, -1e4, 3.0, 448.0]]], dtype=torch.bfloat16, device="cuda")
     cache = [torch.zeros(2, 1, 4, device="cuda").to(E4M3) for _ in range(2)]
-    kv_store.store(k, k, *cache, torch.tensor([1], device="cuda"))
+    kv_store.store(k, k, *cache, torch.tensor([1], device="cuda"), dependent=True)
     assert cache[0][1].flatten().tolist() == [448.0, -448.0, 3.0, 448.0]
+
+
+def test_attention_that_starts_beside_the_store_reads_what_it_stores() -> None:
+    """A step's chain, as SGLang captures it: something makes the step's queries, K and V, they are stored, and the
+    decode kernel, which was promised that no more than the newest tokens is being written, starts before that is done.
+    """
+    batch, heads, kv_heads, dim, length = 16, 32, 8, 128, 300
+    generator = torch.Generator("cuda").manual_seed(0)
+    cache = [
+        torch.randn(
+            batch * length, 1, kv_heads, dim, device="cuda", generator=generator, dtype=torch.float32
+        ).bfloat16()
+        for _ in range(2)
+    ]
+    indices = torch.randperm(batch * length, device="cuda", generator=generator).int()
+    indptr = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device="cuda")
+    table = (indptr, indices, torch.ones(batch, dtype=torch.int32, device="cuda"))
+    slots = indices[indptr[1:].long() - 1].long()
+    steps = torch.randn(6, batch, heads + 2 * kv_heads, dim, device="cuda", generator=generator).bfloat16()
+    rows = torch.empty_like(steps[0])
+    source = torch.empty_like(steps[0])
+    q, k, v = rows.split((heads, kv_heads, kv_heads), dim=1)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(128 << 20, dtype=torch.uint8, device="cuda"), ready="all_but_last_token"
+    )
+    wrapper.plan(*table, heads, kv_heads, dim, 1, q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16)
+    out = torch.empty(batch, heads, dim, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> None:
+        rows.copy_(source)
+        kv_store.store(k, v, cache[0][:, 0], cache[1][:, 0], slots, dependent=True)
+        wrapper.run(q, tuple(cache), out=out)
+
+    source.copy_(steps[0])
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for made in steps[1:]:
+        source.copy_(made)
+        graph.replay()
+        cache_rows = [part.clone() for part in cache]
+        expected, _ = reference.batch_decode(made[:, :heads], *cache_rows, *table, out_dtype=torch.float32)
+        for part, stored in zip(cache_rows, made.split((heads, kv_heads, kv_heads), dim=1)[1:], strict=True):
+            assert torch.equal(part[slots, 0], stored)
+        torch.testing.assert_close(out.float(), expected, atol=5e-3, rtol=2e-2)

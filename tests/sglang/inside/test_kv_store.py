@@ -1,4 +1,4 @@
-"""A step's K and V in an e4m3 cache: which steps we store, and what is in the cache then."""
+"""A step's K and V in the cache: which steps we store, and what is in the cache then."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import triton
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, UnquantizedKVCacheMethod
+from sglang.srt.model_executor.runner_utils import capture_mode
 from triton.backends.compiler import GPUTarget
 
 from fi_prefetch.sglang import kv_store
@@ -38,12 +39,13 @@ def projection(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch
     return q, k.view(5, 2, 24), v.view(5, 2, 24)
 
 
+@pytest.mark.parametrize("converts", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rows_go_where_their_tokens_do(dtype: torch.dtype) -> None:
+def test_rows_go_where_their_tokens_do(dtype: torch.dtype, converts: bool) -> None:
     _, k, v = projection(dtype)
-    k_cache, v_cache = (torch.zeros(9, 2, 24).to(E4M3) for _ in range(2))
-    assert kv_store.takes(k, v)
-    kv_store.store(k, v, k_cache, v_cache, SLOTS)
+    k_cache, v_cache = (torch.zeros(9, 2, 24).to(E4M3 if converts else dtype) for _ in range(2))
+    assert kv_store.takes(k, v, k_cache.dtype)
+    kv_store.store(k, v, k_cache, v_cache, SLOTS, dependent=False)
     for cache, stored in ((k_cache, k), (v_cache, v)):
         assert torch.equal(cache[SLOTS].float(), stored.float())
         assert not cache.float()[[2, 4, 5, 6]].any()
@@ -52,18 +54,35 @@ def test_rows_go_where_their_tokens_do(dtype: torch.dtype) -> None:
 def test_nobody_stores_nothing() -> None:
     k = torch.empty(0, 2, 24, dtype=torch.bfloat16)
     cache = torch.zeros(9, 2, 24).to(E4M3)
-    kv_store.store(k, k, cache, cache, torch.empty(0, dtype=torch.int64))
+    kv_store.store(k, k, cache, cache, torch.empty(0, dtype=torch.int64), dependent=False)
+
+
+def ptx_of(monkeypatch: pytest.MonkeyPatch, cache: str, dependent: bool) -> str:
+    """What the kernel for K and V in bf16 becomes on a Hopper GPU."""
+    tensors = {"k": "*bf16", "v": "*bf16", "k_cache": cache, "v_cache": cache, "slots": "*i64"}
+    numbers = dict.fromkeys(("k_stride", "v_stride", "k_cache_stride", "v_cache_stride", "row"), "i32")
+    constants = {"BLOCK": 1024, "DEPENDENT": dependent}
+    kernel = triton.JITFunction(kv_store._store.fn)
+    monkeypatch.setattr(kv_store, "_store_row", triton.JITFunction(kv_store._store_row.fn))
+    source = triton.compiler.ASTSource(
+        kernel, tensors | numbers | dict.fromkeys(constants, "constexpr"), constexprs=constants
+    )
+    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
 
 
 def test_a_gpu_rounds_to_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     """As PyTorch does, in SGLang's conversion; Triton's interpreter rounds otherwise."""
-    tensors = {"k": "*bf16", "v": "*bf16", "k_cache": "*fp8e4nv", "v_cache": "*fp8e4nv", "slots": "*i64"}
-    numbers = dict.fromkeys(("k_stride", "v_stride", "k_cache_stride", "v_cache_stride", "row"), "i32")
-    kernel = triton.JITFunction(kv_store._store.fn)
-    monkeypatch.setattr(kv_store, "_store_row", triton.JITFunction(kv_store._store_row.fn))
-    source = triton.compiler.ASTSource(kernel, tensors | numbers | {"BLOCK": "constexpr"}, constexprs={"BLOCK": 1024})
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx_of(monkeypatch, "*fp8e4nv", dependent=False)
+
+
+@pytest.mark.parametrize("cache", ["*bf16", "*fp8e4nv"])
+def test_what_follows_starts_before_the_wait_and_nothing_is_read_before_it(
+    monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    ptx = ptx_of(monkeypatch, cache, dependent=True)
+    order = [ptx.index(part) for part in ("griddepcontrol.launch_dependents", "griddepcontrol.wait", "ld.global")]
+    assert order == sorted(order) and ptx.count("griddepcontrol.wait") == 1
+    assert "griddepcontrol" not in ptx_of(monkeypatch, cache, dependent=False)
 
 
 class Derived(MHATokenToKVPool):
@@ -75,29 +94,36 @@ class Derived(MHATokenToKVPool):
     [
         (pool(), True),
         (pool(Derived), False),
-        (pool(dtype=torch.bfloat16), False),
+        (pool(dtype=torch.float32), False),
         (pool(dtype=torch.float8_e5m2), False),
         (pool(layout="hnd"), False),
         (pool(quantized=True), False),
         (SimpleNamespace(dtype=E4M3), False),
     ],
-    ids=["e4m3", "derived", "bf16", "e5m2", "heads first", "quantized", "another"],
+    ids=["e4m3", "derived", "fp32", "e5m2", "heads first", "quantized", "another"],
 )
 def test_pools_whose_rows_we_know(its_pool: Any, served: bool) -> None:
     assert kv_store.serves(its_pool, torch.device("cpu")) is served
 
 
-def test_gpus_without_the_conversion_are_left_to_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capability, served in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
+@pytest.mark.parametrize(
+    ("dtype", "first"), [(E4M3, (8, 9)), (torch.bfloat16, (9, 0)), (torch.float16, (9, 0))], ids=["e4m3", "bf16", "f16"]
+)
+def test_gpus_without_the_conversion_or_dependent_launch_are_left_to_sglang(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, first: tuple[int, int]
+) -> None:
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert kv_store.serves(pool(), torch.device("cuda")) is served
+        assert kv_store.serves(pool(dtype=dtype), torch.device("cuda")) is (capability >= first)
+        assert kv_store.launches_dependents(torch.device("cuda")) is (capability >= (9, 0))
 
 
 def test_rows_that_are_not_dense_or_not_alike_are_left_to_sglang() -> None:
     _, k, v = projection()
-    assert not kv_store.takes(k.transpose(1, 2), v.transpose(1, 2))
-    assert not kv_store.takes(k, v[:, :1])
-    assert not kv_store.takes(k.float(), v.float())
+    assert not kv_store.takes(k.transpose(1, 2), v.transpose(1, 2), E4M3)
+    assert not kv_store.takes(k, v[:, :1], E4M3)
+    assert not kv_store.takes(k.float(), v.float(), E4M3)
+    assert not kv_store.takes(k, v, torch.float16)
 
 
 def layer(**more: Any) -> RadixAttention:
@@ -113,11 +139,13 @@ def layer(**more: Any) -> RadixAttention:
     ids=["plain", "with a scale", "an encoder's"],
 )
 @pytest.mark.parametrize("stores", [True, False])
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16], ids=["e4m3", "bf16"])
 def test_sglang_stores_what_we_do_not(
-    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], ours: bool, stores: bool
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], ours: bool, stores: bool, graph: bool, dtype: torch.dtype
 ) -> None:
     q, k, v = projection()
-    cache = tuple(torch.zeros(9, 2, 24).to(E4M3) for _ in range(2))
+    cache = tuple(torch.zeros(9, 2, 24).to(dtype) for _ in range(2))
     asked: list[tuple[Any, bool]] = []
 
     def sglangs(self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool) -> torch.Tensor:
@@ -125,13 +153,16 @@ def test_sglang_stores_what_we_do_not(
         return torch.empty(0)
 
     monkeypatch.setattr(FlashInferAttnBackend, "forward_decode", sglangs)
+    monkeypatch.setattr(capture_mode, "is_capture_mode", graph)
     backend = object.__new__(FiPrefetchAttnBackend)
-    backend._serves, backend._stores_e4m3, backend._window = True, stores, None
-    backend.token_to_kv_pool = SimpleNamespace(get_kv_buffer=lambda number: cache)
+    backend._serves, backend._stores, backend._launches_dependents, backend._window = True, stores, False, None
+    backend.token_to_kv_pool = SimpleNamespace(get_kv_buffer=lambda number: cache, dtype=dtype)
     batch = SimpleNamespace(out_cache_loc=SLOTS)
     backend.forward_decode(q, k, v, layer(**more), batch)
-    assert asked == [(q.data_ptr(), not (ours and stores))]
-    assert torch.equal(cache[0][SLOTS].float(), k.float()) == (ours and stores)
+    # What needs no conversion gains in a graph alone.
+    stored = ours and stores and (graph or dtype == E4M3)
+    assert asked == [(q.data_ptr(), not stored)]
+    assert torch.equal(cache[0][SLOTS].float(), k.float()) == stored
     # A layer that shares another's cache has nothing to store, nor has one that stored in its rope kernel.
     backend.forward_decode(q, None, None, layer(**more), batch)
     backend.forward_decode(q, k, v, layer(**more), batch, save_kv_cache=False)
