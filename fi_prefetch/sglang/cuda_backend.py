@@ -21,6 +21,7 @@ import torch
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend, FlashInferIndicesUpdaterDecode
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
+from sglang.srt.utils.async_probe import maybe_detect_oob
 
 from . import kv_store, named_backends, page_table, promises, settings
 from . import layers as model_layers
@@ -209,26 +210,31 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
         given: Any = q
         if self._serves:
             given = _Queries(q)
-            if save_kv_cache and self._stores and self._is_plain_store(layer, k, v):
+            slots = forward_batch.out_cache_loc
+            if save_kv_cache and self._stores and self._is_plain_store(layer, k, v, slots):
                 k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+                # SGLang's own store begins with it: a check that a variable of SGLang's turns on.
+                maybe_detect_oob(slots, 0, k_cache.shape[0], "fi_prefetch's store of K and V")
                 dependent = self._launches_dependents and not torch.compiler.is_compiling()
-                kv_store.store(k, v, k_cache, v_cache, forward_batch.out_cache_loc, dependent)
+                kv_store.store(k, v, k_cache, v_cache, slots, dependent)
                 save_kv_cache = False
         output = super().forward_decode(given, k, v, layer, forward_batch, save_kv_cache)
         if self._window is not None:
             self._window.after_attention(layer)
         return output
 
-    def _is_plain_store(self, layer: RadixAttention, k: torch.Tensor | None, v: torch.Tensor | None) -> bool:
+    def _is_plain_store(
+        self, layer: RadixAttention, k: torch.Tensor | None, v: torch.Tensor | None, slots: torch.Tensor
+    ) -> bool:
         """Whether a layer stores this step's own K and V, and as they are: SGLang divides by a scale first."""
         scaled = layer.k_scale is not None or layer.v_scale is not None
         if k is None or v is None or scaled or layer.is_cross_attention:
             return False
         cache = self.token_to_kv_pool.dtype
-        if not kv_store.takes(k, v, cache):
+        if not kv_store.takes(k, v, slots, cache):
             return False
         # Without a conversion only the dependent launch gains, in a graph; elsewhere Triton's launch costs host time.
-        return cache != k.dtype or (get_is_capture_mode() and not torch.compiler.is_compiling())
+        return cache != k.dtype or (not torch.compiler.is_compiling() and get_is_capture_mode())
 
 
 class _Queries:

@@ -1,9 +1,10 @@
 """A decode step's K and V into the cache, in one launch that lets attention begin beside it.
 
-SGLang's own store lets the kernel after it start when it is done. This one does at once, so that our decode kernel is
-launched, makes its schedule and brings in what the step does not write, while the step's queries and K are still being
-turned and stored; it waits for this kernel where it needs what was written, and this one has waited for the kernel
-before. With an e4m3 cache SGLang converts K, then V, then stores both: three launches a layer.
+Before it waits for the kernel before it, it lets the kernel after it start: our decode kernel is launched, makes its
+schedule and brings in what the step does not write, while the step's queries and K are still being turned and stored.
+It waits for this kernel where it needs what was written, and this one ends only after the kernel before. SGLang's own
+store lets it start later: 0.5.16's when it is done, 0.5.23's when the kernel before is. With an e4m3 cache SGLang
+converts K, then V, then stores both: three launches a layer.
 """
 
 from __future__ import annotations
@@ -39,9 +40,12 @@ def launches_dependents(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _LAUNCHES_DEPENDENTS
 
 
-def takes(k: torch.Tensor, v: torch.Tensor, cache: torch.dtype) -> bool:
-    """Whether `store` can read a step's K and V: rows of one size, each of them dense, of the cache's type or to be
-    converted to e4m3."""
+def takes(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, cache: torch.dtype) -> bool:
+    """Whether `store` can read a step's K and V: rows of one size, each of them dense and with a slot, of the cache's
+    type or to be converted to e4m3.
+
+    A half of a batch under two-batch overlap may have more rows than slots; SGLang refuses those.
+    """
     return (
         k.dtype == v.dtype
         and k.dtype in _FLOATS
@@ -49,6 +53,8 @@ def takes(k: torch.Tensor, v: torch.Tensor, cache: torch.dtype) -> bool:
         and k.shape == v.shape
         and k[:1].is_contiguous()
         and v[:1].is_contiguous()
+        and slots.shape[0] == k.shape[0]
+        and slots.is_contiguous()
     )
 
 
@@ -63,7 +69,8 @@ def store(
     Args:
         k, v: [tokens, kv heads, head_dim], which `takes` takes for this cache.
         k_cache, v_cache: [slots, kv heads, head_dim] of a pool that `serves`.
-        slots: of each token, where it goes.
+        slots: of each token, where it goes. Nowhere at slot 0, which is nobody's and stands for the rows that fill up a
+            graph's batch, and outside of the cache.
         dependent: by programmatic dependent launch, which the GPU has.
     """
     tokens = k.shape[0]
@@ -72,6 +79,7 @@ def store(
     row = k[0].numel()
     _store[(tokens, 2)](
         k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), k_cache.stride(0), v_cache.stride(0), row,
+        k_cache.shape[0],
         BLOCK=triton.next_power_of_2(row), DEPENDENT=dependent, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
@@ -88,6 +96,7 @@ def _store(
     k_cache_stride,
     v_cache_stride,
     row,
+    places,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -97,10 +106,11 @@ def _store(
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
-    if tl.program_id(1) == 0:
-        _store_row(k + token * k_stride, k_cache + slot * k_cache_stride, row, BLOCK)
-    else:
-        _store_row(v + token * v_stride, v_cache + slot * v_cache_stride, row, BLOCK)
+    if (slot > 0) & (slot < places):
+        if tl.program_id(1) == 0:
+            _store_row(k + token * k_stride, k_cache + slot * k_cache_stride, row, BLOCK)
+        else:
+            _store_row(v + token * v_stride, v_cache + slot * v_cache_stride, row, BLOCK)
 
 
 @triton.jit

@@ -2,15 +2,15 @@
 
 Under programmatic dependent launch our kernel may start while the kernel before it in the stream still runs, and that
 kernel may itself have started before *its* predecessor ended. What the promise is about are therefore all kernels since
-the last one that waited for everything before it.
+the last one that had waited for everything before it when it let the next one start.
 
 **The page table is final before the first layer.** SGLang fills `kv_indptr` and `kv_indices` once a step, in
 `init_forward_metadata` or `init_forward_metadata_out_graph`, on the stream that then runs the layers, and nothing
 writes them again before the next step's. Between that and the first attention lies a full wait: a CUDA graph starts
-only when everything before it in the stream has ended, and without a graph the first ordinary launch does: the
-embedding lookup or, on a later pipeline rank, the first layer's query projection. The overlap scheduler prepares the
-next batch on the CPU and launches into the same stream; where SGLang prepares metadata on a stream of its own, the
-layers' stream waits for an event, which is a full wait too.
+only when everything before it in the stream has ended, and without a graph the first ordinary launch does, or the first
+kernel that waits before it lets the next one start: the embedding lookup or, on a later pipeline rank, the first
+layer's norm. The overlap scheduler prepares the next batch on the CPU and launches into the same stream; where SGLang
+prepares metadata on a stream of its own, the layers' stream waits for an event, which is a full wait too.
 
 **Nothing but each request's newest token is written in a decode step.** Every attention layer stores K and V of this
 step's tokens (`set_kv_buffer`, our `kv_store`, or the rope kernel that does it on the way) right before its attention;
@@ -25,7 +25,8 @@ overlap runs the layers of two halves of a batch in turns, in this stream: each 
 tokens. A layer that reads another layer's KV, or an encoder's, writes nothing.
 
 **Queries** are not in the promise: they are read after the wait. Where the kernel that wrote them is not the one before
-ours, that one, the store of K and V, does not end before it has itself waited for it.
+ours, that one, the store of K and V, does not end before it has itself waited for it. The kernel reads them by volatile
+loads past L1, for they are being written while it runs.
 
 It is not true where the KV that attention reads is a workspace that the layer fills in the step (4-bit caches), and not
 obviously true where prefill and decode run in different streams of one GPU (PD multiplexing).

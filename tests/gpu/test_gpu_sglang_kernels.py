@@ -51,8 +51,8 @@ def test_stored_rows_are_pytorchs(dtype: torch.dtype, converts: bool, dependent:
     rows = torch.zeros_like(numbers)
     k, v = (rows[:, part * row :][:, :row].view(65, kv_heads, 128) for part in (1, 2))
     k_cache, v_cache = (torch.zeros(200, kv_heads, 128, device="cuda").to(stored_dtype) for _ in range(2))
-    slots = torch.randperm(200, device="cuda", generator=generator)[:65]
-    assert kv_store.takes(k, v, stored_dtype)
+    slots = 1 + torch.randperm(199, device="cuda", generator=generator)[:65]
+    assert kv_store.takes(k, v, slots, stored_dtype)
 
     def step() -> None:
         rows.copy_(numbers)

@@ -18,7 +18,7 @@ from fi_prefetch.sglang import kv_store
 from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend
 
 E4M3 = torch.float8_e4m3fn
-SLOTS = torch.tensor([3, 0, 7, 8, 1])
+SLOTS = torch.tensor([3, 6, 7, 8, 1])
 
 
 def pool(kind: type = MHATokenToKVPool, dtype: torch.dtype = E4M3, layout: str = "nhd", quantized: bool = False) -> Any:
@@ -44,11 +44,23 @@ def projection(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch
 def test_rows_go_where_their_tokens_do(dtype: torch.dtype, converts: bool) -> None:
     _, k, v = projection(dtype)
     k_cache, v_cache = (torch.zeros(9, 2, 24).to(E4M3 if converts else dtype) for _ in range(2))
-    assert kv_store.takes(k, v, k_cache.dtype)
+    assert kv_store.takes(k, v, SLOTS, k_cache.dtype)
     kv_store.store(k, v, k_cache, v_cache, SLOTS, dependent=False)
     for cache, stored in ((k_cache, k), (v_cache, v)):
         assert torch.equal(cache[SLOTS].float(), stored.float())
-        assert not cache.float()[[2, 4, 5, 6]].any()
+        assert not cache.float()[[0, 2, 4, 5]].any()
+
+
+@pytest.mark.parametrize("nowhere", [0, -1, 9, 1 << 40])
+def test_rows_without_a_place_go_nowhere(nowhere: int) -> None:
+    """Slot 0 is nobody's, and what lies before and behind a cache is another's."""
+    _, k, v = projection()
+    memory = [torch.zeros(13, 2, 24, dtype=torch.bfloat16) for _ in range(2)]
+    slots = torch.tensor([nowhere, 6, nowhere, 8, 1])
+    kv_store.store(k, v, memory[0][2:11], memory[1][2:11], slots, dependent=False)
+    for cache, stored in zip(memory, (k, v), strict=True):
+        assert torch.equal(cache[[8, 10, 3]], stored[[1, 3, 4]])
+        assert not cache[[0, 1, 2, 4, 5, 6, 7, 9, 11, 12]].any()
 
 
 def test_nobody_stores_nothing() -> None:
@@ -60,7 +72,7 @@ def test_nobody_stores_nothing() -> None:
 def ptx_of(monkeypatch: pytest.MonkeyPatch, cache: str, dependent: bool) -> str:
     """What the kernel for K and V in bf16 becomes on a Hopper GPU."""
     tensors = {"k": "*bf16", "v": "*bf16", "k_cache": cache, "v_cache": cache, "slots": "*i64"}
-    numbers = dict.fromkeys(("k_stride", "v_stride", "k_cache_stride", "v_cache_stride", "row"), "i32")
+    numbers = dict.fromkeys(("k_stride", "v_stride", "k_cache_stride", "v_cache_stride", "row", "places"), "i32")
     constants = {"BLOCK": 1024, "DEPENDENT": dependent}
     kernel = triton.JITFunction(kv_store._store.fn)
     monkeypatch.setattr(kv_store, "_store_row", triton.JITFunction(kv_store._store_row.fn))
@@ -120,10 +132,13 @@ def test_gpus_without_the_conversion_or_dependent_launch_are_left_to_sglang(
 
 def test_rows_that_are_not_dense_or_not_alike_are_left_to_sglang() -> None:
     _, k, v = projection()
-    assert not kv_store.takes(k.transpose(1, 2), v.transpose(1, 2), E4M3)
-    assert not kv_store.takes(k, v[:, :1], E4M3)
-    assert not kv_store.takes(k.float(), v.float(), E4M3)
-    assert not kv_store.takes(k, v, torch.float16)
+    assert kv_store.takes(k, v, SLOTS, E4M3)
+    assert not kv_store.takes(k.transpose(1, 2), v.transpose(1, 2), SLOTS, E4M3)
+    assert not kv_store.takes(k, v[:, :1], SLOTS, E4M3)
+    assert not kv_store.takes(k.float(), v.float(), SLOTS, E4M3)
+    assert not kv_store.takes(k, v, SLOTS, torch.float16)
+    assert not kv_store.takes(k, v, SLOTS[:4], E4M3)
+    assert not kv_store.takes(k, v, SLOTS.repeat_interleave(2)[::2], E4M3)
 
 
 def layer(**more: Any) -> RadixAttention:
@@ -166,4 +181,6 @@ def test_sglang_stores_what_we_do_not(
     # A layer that shares another's cache has nothing to store, nor has one that stored in its rope kernel.
     backend.forward_decode(q, None, None, layer(**more), batch)
     backend.forward_decode(q, k, v, layer(**more), batch, save_kv_cache=False)
-    assert [saved for _, saved in asked[1:]] == [True, False]
+    # Nor do we store rows that have no slot.
+    backend.forward_decode(q, k, v, layer(**more), SimpleNamespace(out_cache_loc=SLOTS[:3]))
+    assert [saved for _, saved in asked[1:]] == [True, False, True]
