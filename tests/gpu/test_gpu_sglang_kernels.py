@@ -85,12 +85,10 @@ def test_attention_that_starts_beside_the_store_reads_what_it_stores() -> None:
     batch, heads, kv_heads, dim, length = 16, 32, 8, 128, 300
     generator = torch.Generator("cuda").manual_seed(0)
     cache = [
-        torch.randn(
-            batch * length, 1, kv_heads, dim, device="cuda", generator=generator, dtype=torch.float32
-        ).bfloat16()
+        torch.randn(1 + batch * length, 1, kv_heads, dim, device="cuda", generator=generator).bfloat16()
         for _ in range(2)
     ]
-    indices = torch.randperm(batch * length, device="cuda", generator=generator).int()
+    indices = 1 + torch.randperm(batch * length, device="cuda", generator=generator).int()  # slot 0 is nobody's
     indptr = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device="cuda")
     table = (indptr, indices, torch.ones(batch, dtype=torch.int32, device="cuda"))
     slots = indices[indptr[1:].long() - 1].long()
