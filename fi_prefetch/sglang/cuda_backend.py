@@ -231,10 +231,10 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
         if k is None or v is None or scaled or layer.is_cross_attention:
             return False
         cache = self.token_to_kv_pool.dtype
-        if not kv_store.takes(k, v, slots, cache):
-            return False
         # Without a conversion only the dependent launch gains, in a graph; elsewhere Triton's launch costs host time.
-        return cache != k.dtype or (not torch.compiler.is_compiling() and get_is_capture_mode())
+        if cache == k.dtype and (torch.compiler.is_compiling() or not get_is_capture_mode()):
+            return False
+        return kv_store.takes(k, v, slots, cache)
 
 
 class _Queries:

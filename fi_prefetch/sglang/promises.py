@@ -20,9 +20,9 @@ step, or a prefill chunk, in this stream. What else writes KV does so before the
 caching or a prefill server brings in are waited for (by an event, or by the scheduler, also where a decode server
 brings in a prefix that no forward of its own ever ran) before their requests are decoded; retraction gives slots back
 and a later prefill fills them anew; the extra step that the overlap scheduler runs for a finished request writes at
-that request's end, in this stream. Padded rows of a CUDA graph write to slot 0, which belongs to nobody. Two-batch
-overlap runs the layers of two halves of a batch in turns, in this stream: each half writes its own requests' newest
-tokens. A layer that reads another layer's KV, or an encoder's, writes nothing.
+that request's end, in this stream. Padded rows of a CUDA graph write to slot 0, which belongs to nobody, or nowhere.
+Two-batch overlap runs the layers of two halves of a batch in turns, in this stream: each half writes its own requests'
+newest tokens. A layer that reads another layer's KV, or an encoder's, writes nothing.
 
 **Queries** are not in the promise: they are read after the wait. Where the kernel that wrote them is not the one before
 ours, that one, the store of K and V, does not end before it has itself waited for it. The kernel reads them by volatile

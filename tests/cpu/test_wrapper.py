@@ -393,10 +393,11 @@ def test_neither_pickled_nor_copied(batch):
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_new_workspaces(batch, dense_decode, graph):
-    wrapper = planned(batch)
     if graph:
         wrapper = graph_wrapper(batch)
         wrapper.plan(*batch.table, *batch.shape, **batch.dtypes)
+    else:
+        wrapper = planned(batch)
     wrapper.reset_workspace_buffer(workspace(), workspace(64))
     with pytest.raises(RuntimeError, match="plan"):
         wrapper.run(batch.q, batch.cache)
