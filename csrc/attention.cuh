@@ -101,10 +101,10 @@ class WarpAttention {
       for (int i = 0; i < kProducts / 2; ++i) {
         if constexpr (T::kFp8) {
           const uint2* fours = reinterpret_cast<const uint2*>(q) + i * 8 + j;
-          const uint2 a = __ldcg(fours), b = __ldcg(fours + 4);
+          const uint2 a = __ldca(fours), b = __ldca(fours + 4);
           loaded_query_[n][i] = make_uint4(a.x, a.y, b.x, b.y);
         } else {
-          loaded_query_[n][i] = __ldcg(reinterpret_cast<const uint4*>(q) + i * 4 + j);
+          loaded_query_[n][i] = __ldca(reinterpret_cast<const uint4*>(q) + i * 4 + j);
         }
       }
     }
@@ -454,8 +454,9 @@ class WarpAttention {
 #pragma unroll
           for (int chunk = 0; chunk < 2; ++chunk) {
             const uint32_t x = r[2 * chunk], y = r[2 * chunk + 1];
-            const uint32_t a[4] = {widen<typename T::Kv>(x & 0xffff), widen<typename T::Kv>(y & 0xffff),
-                                   widen<typename T::Kv>(x >> 16), widen<typename T::Kv>(y >> 16)};
+            uint32_t a[4];
+            widen<typename T::Kv>(x, a[0], a[2]);
+            widen<typename T::Kv>(y, a[1], a[3]);
 #pragma unroll
             for (int n = 0; n < T::kRowTiles; ++n) {
               const uint32_t (&q)[2] = query_[n][2 * pair + chunk];
@@ -524,7 +525,7 @@ class WarpAttention {
   /// Two neighbouring dimensions of K from a pair of chunks, of token p + 8 t: the lane's `half`-th two of that token.
   FI_PREFETCH_DEVICE static float2 unpack_k(const uint32_t (&r)[4], int half, int t) {
     if constexpr (T::kFp8) {
-      return unpack<__half>(widen<typename T::Kv>(r[half / 2 * 2 + t] >> 16 * (half % 2) & 0xffff));
+      return unpack<__half>(widen<typename T::Kv>(static_cast<uint16_t>(r[half / 2 * 2 + t] >> 16 * (half % 2))));
     } else {
       return unpack<typename T::Kv>(r[2 * half + t]);
     }
@@ -640,8 +641,9 @@ class WarpAttention {
         for (int chunk = 0; chunk < 2; ++chunk) {
           // A register has dimensions 2p, 2p + 1 of token 2j, then of 2j + 1; the product wants the tokens together.
           const uint32_t x = __byte_perm(r[2 * chunk], 0, 0x3120), y = __byte_perm(r[2 * chunk + 1], 0, 0x3120);
-          const uint32_t a[4] = {widen<typename T::Kv>(x & 0xffff), widen<typename T::Kv>(x >> 16),
-                                 widen<typename T::Kv>(y & 0xffff), widen<typename T::Kv>(y >> 16)};
+          uint32_t a[4];
+          widen<typename T::Kv>(x, a[0], a[1]);
+          widen<typename T::Kv>(y, a[2], a[3]);
           multiply_v_block(2 * pair + chunk, a, probabilities);
         }
       } else {

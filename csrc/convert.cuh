@@ -60,11 +60,18 @@ struct Fp8Format<__nv_fp8_e5m2> {
   static constexpr __nv_fp8_interpretation_t value = __NV_E5M2;
 };
 
-/// Two fp8 numbers (the low 16 bits of `pair`) as two halves: exact, NaN and infinity included.
+/// Two fp8 numbers as two halves: exact, NaN and infinity included.
 template <typename Fp8>
-FI_PREFETCH_DEVICE uint32_t widen(uint32_t pair) {
-  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), Fp8Format<Fp8>::value);
+FI_PREFETCH_DEVICE uint32_t widen(uint16_t pair) {
+  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, Fp8Format<Fp8>::value);
   return register_of(__half2(raw));
+}
+
+/// Four fp8 numbers as two registers of halves.
+template <typename Fp8>
+FI_PREFETCH_DEVICE void widen(uint32_t four, uint32_t& low, uint32_t& high) {
+  const ushort2 pairs = ptx::halves(four);
+  low = widen<Fp8>(pairs.x), high = widen<Fp8>(pairs.y);
 }
 
 }  // namespace fi_prefetch

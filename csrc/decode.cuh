@@ -15,9 +15,10 @@ namespace fi_prefetch {
 /// The block's dynamic shared memory. The host asks for `bytes`, the kernel uses the pointers.
 template <typename T>
 struct SharedMemory {
-  uint8_t* rings;        // [warps][kStages][kStageBytes]; before that the RequestScan, after that right shares
+  uint8_t* rings;        // [warps][kStages][kStageBytes]; after that right shares
   Run* runs;             // [warps][kStages]
-  float* left_partials;  // [warps][rows][kPartialStride]
+  float* left_partials;  // [warps][rows][kPartialStride]; before that the RequestScan (a large batch's: where the rings
+                         // are)
   Share* left_shares;    // [warps]: see keep_shares
   Share* right_shares;   // [warps]: the partial lies in the warp's ring
 
@@ -33,6 +34,9 @@ struct SharedMemory {
     left_partials = reinterpret_cast<float*>(runs + warps * T::kStages);
     left_shares = reinterpret_cast<Share*>(left_partials + warps * rows * T::kPartialStride);
     right_shares = left_shares + warps;
+  }
+  FI_PREFETCH_DEVICE uint32_t left_partial_bytes() const {
+    return reinterpret_cast<uint8_t*>(left_shares) - reinterpret_cast<uint8_t*>(left_partials);
   }
   FI_PREFETCH_DEVICE float* left_partial(uint32_t warp, uint32_t rows) const {
     return left_partials + warp * rows * T::kPartialStride;
@@ -253,93 +257,94 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
 
 #pragma unroll 1
   while (true) {
-    RequestScan<T::kWindow> scan(p, shared.rings);
+    const bool scan_in_rings = RequestScan<T::kWindow>::shared_bytes(p.table.batch_size) > shared.left_partial_bytes();
+    RequestScan<T::kWindow> scan(p, scan_in_rings ? shared.rings : reinterpret_cast<uint8_t*>(shared.left_partials));
     piece = find_piece<T>(p, scan);
     pipeline.start(piece.first, piece.count);
+    const bool verify = before_wait && !is_final;
+    if (!verify) pipeline.load_second_pages();
     const bool early_load =
         may_load_early && piece.partition.tiles <= static_cast<uint64_t>(p.levers.early_load) * piece.partition.workers;
-    if (before_wait && !early_load) {
-      const uint32_t tiles = min(piece.count, static_cast<uint32_t>(p.levers.prologue));
-      const auto never = [] { return false; };
-      if (tiles > 0) prefetch_head_of_piece<T>(p, piece.first, tiles, /*evict_last=*/false, never);
-    }
-    keep_shares<T>(p, scan, piece, shared);
-    if (scan.in_shared_memory()) __syncthreads();  // it lies where the rings are
-    const bool verify = before_wait && !is_final;
-    if (!early_load) {
-      if (before_wait) ptx::wait_for_dependencies();
-      ptx::launch_dependents();
-      // These loads before the copies, behind 128 KB of which they would wait otherwise.
-      if (verify) {
-        scan.read_again(p);
-        pipeline.read_first_page_again();
-      }
-      if (piece.count > 0) attention.load_query(piece.first.request_index, piece.first.head);
-    }
-    before_wait = false;
+    if (before_wait && !early_load) pipeline.prefetch_head(p.levers.prologue);
 
-    Run run{};
-    uint32_t run_end = 0;  // in tiles of the piece
-    uint32_t stage = 0;
-    const int count = static_cast<int>(piece.count);
-    bool settled = false;  // the kernels before have finished, and the piece is what they left to do
-    bool again = false;
-    int i = 1 - T::kStages;  // below 0: the ring is being filled
-    int step = 1;            // tiles taken together the last time
-    if (!early_load) {
-      // Once outside of the loop, at whose head the compiler waits for all of the loads above.
-      pipeline.issue();
-      ++i;
-    }
-    // A warp without tiles settles too.
+    // Blocks of a full grid find their shared memory taken by the kernel before if it is one of these: they start when
+    // its blocks end, and have no time to spare until their first tiles are on their way.
+    const bool keep_late = piece.partition.warps() == gridDim.x * warps && !scan_in_rings;
 #pragma unroll 1
-    for (; i < max(count, 1); i += step) {
-      if (!settled && (i == 0 || (early_load && !pipeline.upcoming_is_older_than(p.q_len)))) {
-        settled = true;
-        if (early_load) {
+    for (uint32_t late = 0; late < 2; ++late) {
+      if (keep_late == (late == 1)) keep_shares<T>(p, scan, piece, shared);
+      if (late) break;
+      if (scan_in_rings) __syncthreads();
+      bool finished = !early_load;  // the kernels before
+      if (finished) {
+        if (before_wait) ptx::wait_for_dependencies();
+        ptx::launch_dependents();
+        // These loads before the copies, behind 128 KB of which they would wait otherwise.
+        if (verify) {
+          scan.read_again(p);
+          pipeline.read_first_pages_again();
+          pipeline.load_second_pages();
+        }
+        if (piece.count > 0) attention.load_query(piece.first.request_index, piece.first.head);
+        // Once outside of the loop, at whose head the compiler waits for all of the loads above.
+        pipeline.issue();
+      }
+      // All stages but the one that the loop below fills first.
+      const uint32_t tiles = min(piece.count, T::kStages - 1u);
+#pragma unroll 1
+      while (true) {
+        const bool filled = pipeline.issued() >= tiles;
+        if (!finished && (filled || !pipeline.upcoming_is_older_than(p.q_len))) {
           ptx::wait_for_dependencies();
           ptx::launch_dependents();
-          if (count > 0) attention.load_query(piece.first.request_index, piece.first.head);
+          if (piece.count > 0) attention.load_query(piece.first.request_index, piece.first.head);
+          finished = true;
         }
-        again = verify && scan.changed(pipeline.first_page_changed());
-        if (again) break;
-        count_running(p, 1);
-        if (piece.some_request_is_empty) write_empty_requests<T>(p);
-        if (count == 0) break;
-      }
-      if (i >= 0) {
-        if (i == static_cast<int>(run_end)) {
-          __syncwarp();  // the run: lane 0 wrote it
-          run = pipeline.run(stage);
-          run_end += min(run.tiles - run.tile, piece.count - run_end);
-          if (i > 0) attention.load_query(run.request, run.head);
-          attention.start();
-        }
-        pipeline.template wait<T::kTakesTwo ? 2 : 1>();
-      }
-      // As many stages are free as tiles were taken the last time.
-#pragma unroll 1
-      for (int free = 0; free < step; ++free) pipeline.issue();
-      if (i < 0) continue;
-      if constexpr (T::kTakesTwo) step = i + 2 <= static_cast<int>(run_end) ? 2 : 1;
-      const uint32_t tile = pipeline.tile(stage);
-      if (T::kTakesTwo && step == 2) {
-        stage = pipeline.next(stage);
-        attention.template add_tiles<2>({tile, pipeline.tile(stage)}, run.token, run.length);
-      } else {
-        attention.template add_tiles<1>({tile}, run.token, run.length);
-      }
-      stage = pipeline.next(stage);
-      run.token += step * kTileTokens;
-      run.tile += step;
-      if (i + step == static_cast<int>(run_end)) {
-        const uint32_t begin = piece.begin + run_end - run.tile;
-        put_away<T>(p, piece, run, begin, begin + run.tiles, attention, shared);
+        if (filled) break;
+        pipeline.issue();
       }
     }
-    if (!again) break;
+    before_wait = false;
+    if (!verify && scan.in_shared_memory()) __syncthreads();  // it lies where the left partials are
+    if (!verify || !scan.changed(pipeline.first_pages_changed())) break;
     pipeline.drain();
     if (scan.in_shared_memory()) __syncthreads();
+  }
+  count_running(p, 1);
+  if (piece.some_request_is_empty) write_empty_requests<T>(p);
+
+  Run run{};
+  uint32_t run_end = 0;  // in tiles of the piece
+  uint32_t stage = 0;
+  uint32_t step = 1;  // tiles taken together the last time
+#pragma unroll 1
+  for (uint32_t i = 0; i < piece.count; i += step) {
+    if (i == run_end) {
+      __syncwarp();  // the run: lane 0 wrote it
+      run = pipeline.run(stage);
+      run_end += min(run.tiles - run.tile, piece.count - run_end);
+      if (i > 0) attention.load_query(run.request, run.head);
+      attention.start();
+    }
+    pipeline.template wait<T::kTakesTwo ? 2 : 1>(i);
+    // As many stages are free as tiles were taken the last time.
+#pragma unroll 1
+    for (uint32_t free = 0; free < step; ++free) pipeline.issue();
+    if constexpr (T::kTakesTwo) step = i + 2 <= run_end ? 2 : 1;
+    const uint32_t tile = pipeline.tile(stage);
+    if (T::kTakesTwo && step == 2) {
+      stage = pipeline.next(stage);
+      attention.template add_tiles<2>({tile, pipeline.tile(stage)}, run.token, run.length);
+    } else {
+      attention.template add_tiles<1>({tile}, run.token, run.length);
+    }
+    stage = pipeline.next(stage);
+    run.token += step * kTileTokens;
+    run.tile += step;
+    if (i + step == run_end) {
+      const uint32_t begin = piece.begin + run_end - run.tile;
+      put_away<T>(p, piece, run, begin, begin + run.tiles, attention, shared);
+    }
   }
 
   count_running(p, -1);

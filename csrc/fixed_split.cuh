@@ -56,6 +56,7 @@ template <typename T>
 FI_PREFETCH_DEVICE void attend_to(const DecodeParams& p, TileCursor<T::kWindow> at, uint32_t count,
                                   KvPipeline<T>& pipeline, WarpAttention<T>& attention, float* partial) {
   pipeline.start(at, count);
+  pipeline.load_second_pages();
   if (count == 0) return;
   attention.load_query(at.request_index, at.head);
 #pragma unroll 1
@@ -65,7 +66,7 @@ FI_PREFETCH_DEVICE void attend_to(const DecodeParams& p, TileCursor<T::kWindow> 
   int32_t token = at.token();
 #pragma unroll 1
   for (uint32_t i = 0; i < count; ++i) {
-    pipeline.template wait<1>();
+    pipeline.template wait<1>(i);
     pipeline.issue();
     attention.template add_tiles<1>({pipeline.tile(stage)}, token, at.request.length);
     token += kTileTokens;

@@ -45,24 +45,62 @@ class KvPipeline {
         v_(ptx::opaque(p.v.data + lane_index() % T::kRowChunks * 16)),
         policy_(p.levers.stream ? ptx::policy_evict_first() : ptx::policy_evict_normal()) {}
 
-  /// Begins a piece of `count` tiles (perhaps none) from `first` on: loads its first page numbers and works out where
-  /// the rows lie.
+  /// Begins a piece of `count` tiles (perhaps none) from `first` on: loads the page numbers of its first stretch and
+  /// works out where the rows lie. Before the first issue() the caller loads the next stretch's.
   FI_PREFETCH_DEVICE void start(const TileCursor<T::kWindow>& first, uint32_t count) {
     ahead_ = first;
     count_ = count;
     issued_ = stage_to_fill_ = far_tile_ = 0;
-    pair_is_done_ = false;
+    stretch_is_done_ = false;
     if (count_ == 0) return;
-    first_page_at_ = load_pages();
-    first_page_ = first_page_again_ = page_;
-    take_next_pair();
+    load_pages();
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      first_page_at_[i] = page_at_[i];
+      first_page_[i] = first_page_again_[i] = page_[i];
+    }
+    take_next_stretch();
+    look_ahead();
   }
 
-  /// Starts loading this lane's first page number again. Every other one is loaded by issue().
-  FI_PREFETCH_DEVICE void read_first_page_again() {
-    if (count_ > 0) first_page_again_ = ptx::load_and_keep(p_.table.indices + first_page_at_);
+  /// Brings the first `tiles` tiles into L2.
+  FI_PREFETCH_DEVICE void prefetch_head(uint32_t tiles) const {
+    if (count_ == 0) return;
+    const uint32_t first = at_.tile % kStretch, in_stretch = min(kStretch - first, at_.request.tiles - at_.tile);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const uint32_t tile = (i * 32 + lane_index()) / kTileTokens;
+      if (tile < first || tile >= first + min(tiles, in_stretch)) continue;
+#pragma unroll
+      for (int byte = 0; byte < T::kRowBytes; byte += 128) {
+        ptx::prefetch_l2(TileRows::address(p_.k.data, p_.unit_bytes, k_offset_[i]) + byte);
+        ptx::prefetch_l2(TileRows::address(p_.v.data, p_.unit_bytes, v_offset_[i]) + byte);
+      }
+    }
+    if (tiles <= in_stretch || !goes_on()) return;
+    const auto never = [] { return false; };
+    prefetch_head_of_piece<T>(p_, ahead_, min(tiles, count_) - in_stretch, /*evict_last=*/false, never);
   }
-  FI_PREFETCH_DEVICE bool first_page_changed() const { return ptx::opaque(first_page_again_) != first_page_; }
+
+  /// Starts the load of the second stretch's page numbers, once they are final.
+  FI_PREFETCH_DEVICE void load_second_pages() {
+    if (goes_on()) load_pages();
+  }
+
+  /// Starts loading the first stretch's page numbers again. No other one's are loaded before they are final.
+  FI_PREFETCH_DEVICE void read_first_pages_again() {
+    if (count_ == 0) return;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      first_page_again_[i] = ptx::load_and_keep(p_.table.indices + first_page_at_[i]);
+    }
+  }
+  FI_PREFETCH_DEVICE bool first_pages_changed() const {
+    bool changed = false;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) changed |= ptx::opaque(first_page_again_[i]) != first_page_[i];
+    return changed;
+  }
 
   /// Waits until no copy is on its way, so that start() may be called again.
   FI_PREFETCH_DEVICE void drain() {
@@ -71,26 +109,30 @@ class KvPipeline {
   }
 
   /// The next tile to issue.
-  FI_PREFETCH_DEVICE const TileCursor<T::kWindow>& upcoming() const { return pair_is_done_ ? ahead_ : at_; }
+  FI_PREFETCH_DEVICE const TileCursor<T::kWindow>& upcoming() const { return stretch_is_done_ ? ahead_ : at_; }
 
   /// Whether it holds none of its request's `newest` newest tokens.
   FI_PREFETCH_DEVICE bool upcoming_is_older_than(int32_t newest) const {
     return issued_ < count_ && upcoming().token() + kTileTokens <= upcoming().request.length - newest;
   }
 
-  /// Starts the copies of the next tile, if there is one, into the ring's next stage. Always closes a group, so that
-  /// "all but the newest kStages - 1 groups" means the same tile for every count.
+  /// Tiles whose copies were started.
+  FI_PREFETCH_DEVICE uint32_t issued() const { return issued_; }
+
+  /// Starts the copies of the next tile, if there is one, into the ring's next stage.
   FI_PREFETCH_DEVICE void issue() {
-    if (issued_ < count_) {
-      const bool new_pair = pair_is_done_ || issued_ == 0;
-      if (pair_is_done_) take_next_pair();
-      copy_tile();
-      if (new_pair) load_pages_ahead();
-      if (p_.levers.run_ahead > 0) run_ahead();
-      ++issued_;
-      ++at_.tile;
-      pair_is_done_ = at_.tile % 2 == 0 || at_.tile == at_.request.tiles;
+    if (issued_ >= count_) return;
+    const bool new_stretch = stretch_is_done_;
+    if (new_stretch) take_next_stretch();
+    copy_tile();
+    if (new_stretch) {  // after the copies, which must not wait for it
+      look_ahead();
+      if (goes_on()) load_pages();
     }
+    if (p_.levers.run_ahead > 0) run_ahead();
+    ++issued_;
+    ++at_.tile;
+    stretch_is_done_ = at_.tile % kStretch == 0 || at_.tile == at_.request.tiles;
     ptx::copy_async_commit();
     stage_to_fill_ = next(stage_to_fill_);
   }
@@ -98,11 +140,13 @@ class KvPipeline {
   /// The run whose first tile is in a stage, or on its way there. The caller passed a warp barrier since its issue().
   FI_PREFETCH_DEVICE const Run& run(uint32_t stage) const { return runs_[stage]; }
 
-  /// Waits for the oldest TILES tiles, where at most as many stages are free, and makes them visible to the whole warp.
-  /// Also tells the warp's lanes that all of them are done with the stages before, which issue() fills next.
+  /// Waits for the copies of tile `tile` of the piece and of the TILES - 1 after it, and makes them visible to the
+  /// whole warp. Also tells the warp's lanes that all of them are done with the tiles before, whose stages issue()
+  /// fills next.
   template <int TILES>
-  FI_PREFETCH_DEVICE void wait() {
-    ptx::copy_async_wait<T::kStages - 2 * TILES>();
+  FI_PREFETCH_DEVICE void wait(uint32_t tile) {
+    // At most as many stages as TILES are free, and TILES are waited for.
+    wait_for_all_but<T::kStages - 2 * TILES>(issued_ - tile - TILES);
     __syncwarp();
   }
 
@@ -111,30 +155,53 @@ class KvPipeline {
   FI_PREFETCH_DEVICE static uint32_t next(uint32_t stage) { return stage + 1 == T::kStages ? 0 : stage + 1; }
 
  private:
-  /// Starts the load of the page numbers of the pair of tiles (an even one and the next) that `ahead_` is in: one token
-  /// a lane. They are used two tiles later: with 128 KB on their way to every SM a load takes as long as a tile or two.
-  /// Returns where in `indices` this lane's stands.
-  FI_PREFETCH_DEVICE int32_t load_pages() {
-    const TokenPlace place(
-        p_.table, ahead_.request,
-        ahead_.request.first_token + static_cast<int32_t>(ahead_.tile / 2 * (2 * kTileTokens) + lane_index()));
-    slot_ = place.slot;
-    page_ = place.page;
-    return place.at;
+  /// Tiles of a request and head whose page numbers are loaded together, from a multiple of kStretch on: kTokens tokens
+  /// a lane.
+  static constexpr int kTokens = T::kPagesPerLane;
+  static constexpr uint32_t kStretch = kTokens * 32 / kTileTokens;
+
+  /// Whether the piece goes on after the stretch whose first tile is issued next or was just copied.
+  FI_PREFETCH_DEVICE bool goes_on() const {
+    return issued_ + min(kStretch - at_.tile % kStretch, at_.request.tiles - at_.tile) < count_;
   }
 
-  /// Works out where the rows of the pair lie whose page numbers were loaded.
-  FI_PREFETCH_DEVICE void take_next_pair() {
+  /// Moves `ahead_` from that stretch to the next one.
+  FI_PREFETCH_DEVICE void look_ahead() {
+    if (goes_on()) ahead_.advance(p_, kStretch - at_.tile % kStretch);
+  }
+
+  /// Starts the load of the page numbers of the stretch that `ahead_` is in. They are used several tiles later: with
+  /// 128 KB on their way to every SM a load takes as long as a tile or two.
+  FI_PREFETCH_DEVICE void load_pages() {
+    const int32_t first = ahead_.request.first_token +
+                          static_cast<int32_t>(ahead_.tile / kStretch * kStretch * kTileTokens + lane_index());
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const TokenPlace place(p_.table, ahead_.request, first + i * 32);
+      page_at_[i] = place.at;
+      page_[i] = place.page;
+      slot_[i] = place.slot;
+    }
+  }
+
+  /// Works out where the rows of the stretch lie whose page numbers were loaded.
+  FI_PREFETCH_DEVICE void take_next_stretch() {
     at_ = ahead_;
-    const uint32_t page = clamped_page(p_.table, page_);
-    k_offset_ = page * p_.k.page_stride + slot_ * p_.k.token_stride + at_.head * p_.k.head_stride;
-    v_offset_ = page * p_.v.page_stride + slot_ * p_.v.token_stride + at_.head * p_.v.head_stride;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const uint32_t page = clamped_page(p_.table, page_[i]);
+      k_offset_[i] = page * p_.k.page_stride + slot_[i] * p_.k.token_stride + at_.head * p_.k.head_stride;
+      v_offset_[i] = page * p_.v.page_stride + slot_[i] * p_.v.token_stride + at_.head * p_.v.head_stride;
+    }
   }
 
-  /// After a pair's first copies, which must not wait for it: the next pair.
-  FI_PREFETCH_DEVICE void load_pages_ahead() {
-    ahead_.advance(p_, 2 - at_.tile % 2);
-    load_pages();
+  /// Waits until no more than the `newest` tiles are on their way, of which there may be more than MOST.
+  template <int MOST>
+  FI_PREFETCH_DEVICE static void wait_for_all_but(int32_t newest) {
+    if constexpr (MOST > 0) {
+      if (newest < MOST) return wait_for_all_but<MOST - 1>(newest);
+    }
+    ptx::copy_async_wait<MOST>();
   }
 
   /// A row's chunks are copied by kRowChunks neighbouring lanes, so a warp's instruction copies whole rows. Rows beyond
@@ -149,14 +216,17 @@ class KvPipeline {
     // added and exclusive-ored: one instruction a copy.
     const uint32_t lane_offset = TileLayout<T>::offset(first_row, chunk);
     const uint32_t first_lane = at_.tile % 2 * kTileTokens + first_row;
+    const bool upper = kTokens == 2 && at_.tile / 2 % 2 == 1;
+    const uint32_t k_offsets = upper ? k_offset_[kTokens - 1] : k_offset_[0];
+    const uint32_t v_offsets = upper ? v_offset_[kTokens - 1] : v_offset_[0];
     const uint32_t stage = tile(stage_to_fill_);
 #pragma unroll
     for (int copy = 0; copy < kCopies; ++copy) {
       const uint32_t destination = stage + copy * kRowsPerCopy * T::kRowBytes +
                                    (lane_offset ^ (T::kRowChunks >= 8 ? (copy * kRowsPerCopy % 8) << 4 : 0));
-      const uint32_t k_offset = __shfl_sync(kFullWarp, k_offset_, first_lane + copy * kRowsPerCopy);
+      const uint32_t k_offset = __shfl_sync(kFullWarp, k_offsets, first_lane + copy * kRowsPerCopy);
       ptx::copy_async_16(destination, TileRows::address(k_, p_.unit_bytes, k_offset), policy_);
-      const uint32_t v_offset = __shfl_sync(kFullWarp, v_offset_, first_lane + copy * kRowsPerCopy);
+      const uint32_t v_offset = __shfl_sync(kFullWarp, v_offsets, first_lane + copy * kRowsPerCopy);
       ptx::copy_async_16(destination + T::kTileBytes, TileRows::address(v_, p_.unit_bytes, v_offset), policy_);
     }
     if ((issued_ == 0 || at_.tile == 0) && lane == 0) {
@@ -179,16 +249,17 @@ class KvPipeline {
   }
 
   const DecodeParams& p_;
-  TileCursor<T::kWindow> at_;     // the next tile to issue, unless its pair is done
-  TileCursor<T::kWindow> ahead_;  // in the pair after it
-  int32_t page_ = 0;              // of this lane's token of that pair, as the page table says
-  int32_t first_page_ = 0;        // the same of the piece's first pair
-  int32_t first_page_at_ = 0;     // where it says so, and what it says now
-  int32_t first_page_again_ = 0;
-  uint32_t slot_ = 0;
-  uint32_t k_offset_ = 0;  // where this lane's token of at_'s pair lies, in units
-  uint32_t v_offset_ = 0;
-  bool pair_is_done_ = false;
+  TileCursor<T::kWindow> at_;     // the next tile to issue, unless its stretch is done
+  TileCursor<T::kWindow> ahead_;  // in the stretch after it
+  int32_t page_[kTokens]{};       // of this lane's tokens of that stretch, as the page table says
+  int32_t page_at_[kTokens]{};    // where it says so
+  uint32_t slot_[kTokens]{};
+  int32_t first_page_[kTokens]{};  // the same of the piece's first stretch, and what the page table says now
+  int32_t first_page_at_[kTokens]{};
+  int32_t first_page_again_[kTokens]{};
+  uint32_t k_offset_[kTokens]{};  // where this lane's tokens of at_'s stretch lie, in units
+  uint32_t v_offset_[kTokens]{};
+  bool stretch_is_done_ = false;
   Run* runs_;
   uint32_t ring_;
   uint32_t count_ = 0;

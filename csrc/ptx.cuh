@@ -41,6 +41,13 @@ FI_PREFETCH_DEVICE const uint8_t* opaque(const uint8_t* pointer) {
   return pointer;
 }
 
+/// The low and the high half of a register. The machine reads either in place; a shift would be an instruction.
+FI_PREFETCH_DEVICE ushort2 halves(uint32_t x) {
+  ushort2 pair;
+  asm("mov.b32 {%0, %1}, %2;" : "=h"(pair.x), "=h"(pair.y) : "r"(x));
+  return pair;
+}
+
 // ---- asynchronous copies: cp.async, section 9.7.9.25.3 ------------------------------------------------------------
 
 /// Copies 16 bytes to shared memory under an L2 eviction policy made by one of the functions below; bypasses L1.

@@ -167,7 +167,11 @@ class RequestScan {
 
   /// Starts loading the page table again, for changed().
   FI_PREFETCH_DEVICE void read_again(const DecodeParams& p) {
-    row_again_ = load_row(p.table, groups_ == 0 ? lane_index() : threadIdx.x);
+    const uint32_t r = groups_ == 0 ? lane_index() : threadIdx.x;
+    row_again_ = {0, 0, 0};
+    if (r < static_cast<uint32_t>(p.table.batch_size)) {
+      row_again_ = {__ldca(p.table.indptr + r), __ldca(p.table.indptr + r + 1), __ldca(p.table.last_page_len + r)};
+    }
   }
 
   /// Whether the page table said something else when it was read again, or `or_else` holds somewhere. Collective over

@@ -46,6 +46,9 @@ struct DecodeTraits {
   /// tile of few bytes costs more time in dependent instructions than on its way. Turned keys leave no registers for
   /// it.
   static constexpr bool kTakesTwo = kStages >= 6 && !kRope;
+  /// Tokens of a stretch of tiles whose page numbers a lane looks up: see KvPipeline. Two where there are registers for
+  /// it, so that the ring is filled without a second trip to L2.
+  static constexpr int kPagesPerLane = kRowTiles == 1 && !kRope ? 2 : 1;
   static constexpr int kRowChunks = kRowBytes / 16;
   static constexpr int kMaxRows = 8 * kRowTiles;
 

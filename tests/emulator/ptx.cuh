@@ -26,6 +26,8 @@ FI_PREFETCH_DEVICE uint32_t shared_address(const void* pointer, Site site = Site
 FI_PREFETCH_DEVICE const uint8_t* opaque(const uint8_t* pointer) { return pointer; }
 FI_PREFETCH_DEVICE int32_t opaque(int32_t x) { return x; }
 
+FI_PREFETCH_DEVICE ushort2 halves(uint32_t x) { return {static_cast<uint16_t>(x), static_cast<uint16_t>(x >> 16)}; }
+
 template <typename Vector>
 FI_PREFETCH_DEVICE Vector load_past_l1(const float* source) {
   return *reinterpret_cast<const Vector*>(source);
