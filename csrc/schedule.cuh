@@ -264,14 +264,17 @@ struct Partition {
 FI_PREFETCH_DEVICE uint32_t floor_log2(uint32_t x) { return 31 - __clz(x); }
 
 /// Tiles that a warp is given at least, where the host leaves it to the kernel: about the square root of 1/128 of the
-/// longest request's (1 of 2K tokens, 2 of 8K, 4 of 32K; H100). More blocks read faster, but each is a partial more to
-/// merge. So twice as many where more than half of the blocks would work on one or two tiles a warp, and more than
-/// eight would meet about the longest request and head (7 % of 16 MB of 28/4 heads; H100).
+/// longest request's (1 of 4K tokens, 2 of 8K and 16K, 4 of 32K; H200). More blocks read faster, but each is a partial
+/// more to merge. So twice as many where nearly all blocks would work on one or two tiles a warp, and several of them
+/// would meet about the longest request and head: 2 to 13 % of 8 to 16 MB (H200), as fewer meet, and the next kernel's
+/// blocks find room beside them.
 FI_PREFETCH_DEVICE uint32_t default_min_tiles(uint32_t tiles, uint32_t blocks, uint32_t warps,
                                               uint32_t longest_request) {
-  const uint32_t least = 1u << (floor_log2(max(longest_request / 128, 1u)) + 1) / 2;
-  const bool fits = tiles <= blocks * warps * least, most_work = 2 * tiles > blocks * warps * least;
-  return least <= 2 && fits && most_work && longest_request > 8 * warps * least ? 2 * least : least;
+  const uint32_t workers = blocks * warps;
+  const uint32_t least = 1u << floor_log2(max(longest_request / 128, 1u)) / 2;
+  const uint32_t piece = max(least, tiles > workers ? 2u : 1u);
+  const bool nearly_all_work = tiles <= workers * piece && 4 * tiles > 3 * workers * piece;
+  return piece <= 2 && nearly_all_work && longest_request > warps * piece ? 2 * piece : least;
 }
 
 /// Blocks that get work: no more than have `min_tiles` a warp, and no more than the longest piece needs, a little

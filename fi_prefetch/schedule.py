@@ -58,9 +58,11 @@ class Partition:
 
 def default_min_tiles(tiles: int, blocks: int, warps: int, longest_request: int) -> int:
     """Tiles that the kernel gives a warp at least: by all tiles, the grid, and the tiles of the longest request."""
-    least = 1 << max(longest_request // 128, 1).bit_length() // 2
-    fits, most_work = tiles <= blocks * warps * least, 2 * tiles > blocks * warps * least
-    return 2 * least if least <= 2 and fits and most_work and longest_request > 8 * warps * least else least
+    workers = blocks * warps
+    least = 1 << (max(longest_request // 128, 1).bit_length() - 1) // 2
+    piece = max(least, 2 if tiles > workers else 1)
+    nearly_all_work = tiles <= workers * piece and 4 * tiles > 3 * workers * piece
+    return 2 * piece if piece <= 2 and nearly_all_work and longest_request > warps * piece else least
 
 
 def most_abreast(warps: int, num_kv_heads: int) -> int:

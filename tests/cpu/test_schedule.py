@@ -126,9 +126,15 @@ def test_fewer_blocks_work_where_many_would_meet():
     assert working([2048], 8) == 64, "8 meet about a head, not 16"
     assert working([8192], 4) == 64, "16, not 32"
     assert working([2048], 4) == 64, "no more than half of the blocks as it is"
-    assert working([1024] * 8, 4) == 128, "4 meet"
+    assert working([1024] * 8, 4) == 64, "2, not 4"
+    assert working([512] * 4, 8) == 32, "none"
+    assert working([512] * 3 + [480], 8) == 63, "2 or 3, not 4 or 5"
+    assert working([16] * 1000, 1) == 125, "none as it is"
+    assert working([4096], 1) == 32, "one tile a warp"
+    assert working([16384], 1) == 64, "two tiles a warp"
+    assert working([16384] + [64] * 15, 1) == 68, "little more than half of the blocks"
     assert working([8192], 8) == 128, "four tiles a warp already"
-    for length, blocks in ((600, 5), (500, 8)):
+    for length, blocks in ((600, 5), (470, 8)):
         schedule = Schedule([length], 1, blocks=10, warps=4)
         assert schedule.working_blocks == blocks
         problem = emulated.make_problem([length], heads_q=2, heads_kv=1, page_size=16, blocks=10, warps=4, min_tiles=0)
