@@ -329,7 +329,11 @@ _SUITES = {"suite": evidence.GPU_SUITE, "random": evidence.RANDOM_CASES, "soak":
 @click.option("--random-cases", default=evidence.MINIMUM[evidence.RANDOM_CASES], show_default=True, help="How many.")
 @click.option("--seed", type=int, help="Draw the random cases with this seed. [default: a new one]")
 @click.option("--soak-calls", default=evidence.MINIMUM[evidence.SOAK_CALLS], show_default=True, help="How many.")
-@click.option("--declare-not-run", is_flag=True, help="Record that no GPU has run this tree. Needs no GPU.")
+@click.option(
+    "--declare-not-run",
+    is_flag=True,
+    help="Record that no GPU has run this tree, or not the parts that the record lacks. Needs no GPU.",
+)
 @click.argument("pytest_arguments", nargs=-1)
 def check(
     record: bool, only: tuple[str, ...], random_cases: int, seed: int | None, soak_calls: int, declare_not_run: bool,
@@ -349,10 +353,14 @@ def check(
         earlier = None
         with contextlib.suppress(ValueError, FileNotFoundError):  # nothing that could be lost
             earlier = evidence.load(path)
-        if earlier is not None and evidence.judge(earlier, evidence.tree_hash(root)).state == evidence.PASSED:
+        current = evidence.tree_hash(root)
+        if earlier is not None and evidence.judge(earlier, current).state == evidence.PASSED:
             raise click.ClickException(f"{path} says that {earlier.gpu} has run this tree, and all of it passed")
-        path.write_text(evidence.not_run(root, environment.commit()).to_json())
-        console.print(f"{path}: {evidence.NOT_RUN_REASON}")
+        ran = earlier if earlier is not None and earlier.hash == current and earlier.gpu is not None else None
+        with one_line(ValueError):
+            declared = evidence.not_run(root, environment.commit(), ran)
+        path.write_text(declared.to_json())
+        console.print(f"{path}: {declared.reason}")
         return
     require_gpu()
     gpu = environment.require_gpu().name

@@ -174,9 +174,18 @@ def tree_hash(root: Path) -> str:
     return digest.hexdigest()
 
 
-def not_run(root: Path, commit: str | None) -> Evidence:
-    """The record that says honestly that no GPU has run this tree."""
-    return Evidence(status=NOT_RUN, hash=tree_hash(root), commit=commit, reason=NOT_RUN_REASON)
+def not_run(root: Path, commit: str | None, ran: Evidence | None = None) -> Evidence:
+    """The record that says honestly that no GPU has run this tree, or not all of it: `ran` is a record of what one did.
+
+    Raises ValueError where that is no such record: of other sources, whole, or with a part that did not pass.
+    """
+    current = tree_hash(root)
+    if ran is None:
+        return Evidence(status=NOT_RUN, hash=current, commit=commit, reason=NOT_RUN_REASON)
+    missing, unclean = _missing(ran), _unclean(ran)
+    if ran.hash != current or not missing or unclean is not None:
+        raise ValueError(unclean or "expected a record of this tree in which parts are missing")
+    return replace(ran, status=NOT_RUN, reason=f"no GPU has run all of this tree yet: without {', '.join(missing)}")
 
 
 def from_run(
@@ -223,25 +232,33 @@ def judge(record: Evidence, current_hash: str) -> Verdict:
             "run `fi-prefetch check --record` on a GPU, or `fi-prefetch check --declare-not-run` where there is none",
         )
     if record.status == NOT_RUN:
-        return Verdict(NOT_RUN, record.reason or NOT_RUN_REASON)
+        unclean = _unclean(record)
+        return Verdict(NOT_RUN, record.reason or NOT_RUN_REASON) if unclean is None else Verdict(FAILED, unclean)
     complaint = _complaint(record)
     if record.status == FAILED or complaint is not None:
         return Verdict(FAILED, complaint or record.reason or "the recorded run failed")
     return Verdict(PASSED, f"{record.suites[GPU_SUITE].passed} cases passed on {record.gpu}")
 
 
+def _missing(record: Evidence) -> list[str]:
+    """The parts that a record must hold, and that this one does not: suites, then tools."""
+    missing = [f"suite {name}" for name in MINIMUM if name not in record.suites]
+    return missing + [f"compute-sanitizer tool {tool}" for tool in SANITIZER_TOOLS if tool not in record.sanitizers]
+
+
+def _unclean(record: Evidence) -> str | None:
+    """The first part of a record that ran and did not pass, in words; None where there is none."""
+    for name, counts in {**record.suites, **record.sanitizers}.items():
+        if not counts.clean:
+            return f"{name}: {counts.passed} passed, {counts.failed} failed, {counts.skipped} skipped"
+    return None
+
+
 def _complaint(record: Evidence) -> str | None:
     """Why the counts of a record are not a pass, or None."""
-    for kind, wanted, found in (
-        ("suite", tuple(MINIMUM), record.suites),
-        ("compute-sanitizer tool", SANITIZER_TOOLS, record.sanitizers),
-    ):
-        for name in wanted:
-            if name not in found:
-                return f"{kind} {name} has not run"
-        for name, counts in found.items():
-            if not counts.clean:
-                return f"{kind} {name}: {counts.passed} passed, {counts.failed} failed, {counts.skipped} skipped"
+    missing, unclean = _missing(record), _unclean(record)
+    if missing or unclean is not None:
+        return unclean or f"{missing[0]} has not run"
     for name, least in MINIMUM.items():
         if record.suites[name].passed < least:
             return f"{name}: {record.suites[name].passed} passed, at least {least} are wanted"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fi_prefetch.evidence import SEVERAL_GPUS
+from fi_prefetch.evidence import MINIMUM, SANITIZER_TOOLS, SEVERAL_GPUS
 
 from . import report
 from .report import Row, bytes_label, microseconds
@@ -351,15 +351,20 @@ def evidence(record: dict[str, Any]) -> Table:
     for name, counts in parts.items():
         seed = "-" if counts["seed"] is None else str(counts["seed"])
         lines.append((name, *where, *(str(counts[end]) for end in ("passed", "failed", "skipped")), seed))
+    lines += [_did_not_run(name) for name in (*MINIMUM, *SANITIZER_TOOLS) if name not in parts]
     lines.append(_several_gpus(record.get("several_gpus")))
     columns = ("what ran", "on", "commit", "passed", "failed", "left out", "seed")
     return Table("Tests and sanitizers on a GPU", columns, lines, words=3)
 
 
+def _did_not_run(name: str) -> tuple[str, ...]:
+    return (name, "not run", *("-",) * 5)
+
+
 def _several_gpus(run: dict[str, Any] | None) -> tuple[str, ...]:
     """The row of what needs several GPUs, and may have run on another machine; there also where it has not run."""
     if run is None:
-        return (SEVERAL_GPUS, "not run", *("-",) * 5)
+        return _did_not_run(SEVERAL_GPUS)
     on = ", ".join(f"{count} x {name}" for name, count in run["gpus"].items())
     counts = (str(run["counts"][end]) for end in ("passed", "failed", "skipped"))
     return (SEVERAL_GPUS, on, (run["commit"] or "-")[:12], *counts, "-")

@@ -239,6 +239,37 @@ def test_not_run_holds_only_for_exactly_this_tree(tree: Path) -> None:
     assert evidence.judge(record, evidence.tree_hash(tree)).state == evidence.FAILED
 
 
+def test_what_ran_is_kept_beside_what_did_not(tree: Path) -> None:
+    current = evidence.tree_hash(tree)
+    without_soak = {name: counts for name, counts in ALL_SUITES.items() if name != evidence.SOAK_CALLS}
+    ran = replace(passing(current), status=evidence.FAILED, suites=without_soak, reason="no soak")
+    record = evidence.not_run(tree, "another", ran)
+    assert evidence.judge(record, current) == evidence.Verdict(
+        evidence.NOT_RUN, "no GPU has run all of this tree yet: without suite soak calls"
+    )
+    assert (record.suites, record.sanitizers, record.commit) == (ran.suites, ran.sanitizers, ran.commit)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"sanitizers": {"memcheck": Counts(60, 1, 0)}}, "memcheck: 60 passed, 1 failed"),
+        ({"suites": {evidence.GPU_SUITE: Counts(2400, 0, 3)}}, "3 skipped"),
+        ({}, "parts are missing"),
+        ({"hash": "0" * 64, "suites": {}}, "of this tree"),
+    ],
+    ids=["failed", "skipped", "whole", "of another tree"],
+)
+def test_what_failed_is_not_what_has_not_run(tree: Path, change: dict, reason: str) -> None:
+    current = evidence.tree_hash(tree)
+    ran = replace(passing(current), **change)
+    with pytest.raises(ValueError, match=reason):
+        evidence.not_run(tree, "abc", ran)
+    if "failed" in reason or "skipped" in reason:  # nor by a record that claims it
+        verdict = evidence.judge(replace(ran, status=evidence.NOT_RUN), current)
+        assert verdict.state == evidence.FAILED and reason in verdict.reason
+
+
 # ---- the record ----------------------------------------------------------------------------------------------------
 
 
