@@ -183,14 +183,15 @@ KERNEL(last_block) {
   if (t == 0) out[0] = 0;
 }
 
-KERNEL(dependencies) {  // out: [blocks][2][threads] what is read before and after; variant 1: writes before
+KERNEL(dependencies) {  // out: [blocks][2][threads] what is read before and after; 1: writes before, 2: through L1
   const uint32_t i = blockIdx.x * 2 * blockDim.x + threadIdx.x;
   const uint32_t early = __ldcg(in);
   ptx::prefetch_l2_evict_last(in);
-  if (variant) __stcg(&out[i], 0u);
+  if (variant == 1) __stcg(&out[i], 0u);
+  if (variant == 2) out[i] = __ldca(in);
   ptx::wait_for_dependencies();
   out[i] = early;
-  out[i + blockDim.x] = __ldcg(in);
+  out[i + blockDim.x] = __ldca(in);
   if (threadIdx.x == 0) ptx::launch_dependents();
 }
 
@@ -522,6 +523,8 @@ def test_memory_changes_when_dependencies_end(library):
     assert counts["threads_that_launched"] == counts["launches_of_dependents"] == 6
     with pytest.raises(emu.EmulationError, match="__stcg: writes global memory before the dependencies have ended"):
         run(library, "dependencies", x, 6 * 128, 1, blocks=6, threads=64, dependencies_end=lambda: None)
+    with pytest.raises(emu.EmulationError, match="__ldca: reads through L1 before the dependencies have ended"):
+        run(library, "dependencies", x, 6 * 128, 2, blocks=6, threads=64, dependencies_end=lambda: None)
 
 
 def test_prefetches_are_recorded(library):

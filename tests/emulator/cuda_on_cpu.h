@@ -135,8 +135,8 @@ inline T __reduce_max_sync(uint32_t mask, T value, Site site = Site::current()) 
   }
 EMULATOR_LOAD(__ldg, )
 EMULATOR_LOAD(__ldcs, )
+EMULATOR_LOAD(__ldca, emulator::check_waited("__ldca", site))
 // Through L2, so this may be meant to see what another block writes, even in a loop that waits for it.
-EMULATOR_LOAD(__ldca, emulator::suspend())
 EMULATOR_LOAD(__ldcg, emulator::suspend())
 #undef EMULATOR_LOAD
 

@@ -705,6 +705,13 @@ inline void check_dependencies_ended(const char* operation, Site site) {
   }
 }
 
+/// For reads through L1 of global memory that the previous grids may still be writing: L1 would keep what was there.
+inline void check_waited(const char* operation, Site site) {
+  if (machine.launch.dependencies_end && !current->waited_for_dependencies) {
+    fail(site, "%s: reads through L1 before the dependencies have ended", operation);
+  }
+}
+
 inline uint8_t& hidden_flag(const uint8_t* shared) {
   Block& block = *current->warp->block;
   return block.hidden[(shared - block.shared) / 16];
