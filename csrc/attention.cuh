@@ -85,7 +85,8 @@ class WarpAttention {
   }
 
   /// Starts the loads of the query rows of a request and head, as wide as they go: eight warps that load 4 bytes a lane
-  /// keep an SM's load unit busy for 1,000 cycles (H100).
+  /// keep an SM's load unit busy for 1,000 cycles (H100). Through L1, and so only after the dependency wait: where
+  /// every warp of every SM asks L2 for the same few lines they are served in turn.
   FI_PREFETCH_DEVICE void load_query(uint32_t request, uint32_t head) {
     const uint32_t j = lane_index() % 4;
 #pragma unroll

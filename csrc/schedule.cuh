@@ -165,7 +165,8 @@ class RequestScan {
     return static_cast<uint32_t>(p.table.batch_size) <= 32 * warps_per_block();
   }
 
-  /// Starts loading the page table again, for changed().
+  /// Starts loading the page table again, for changed(). After the dependency wait, so that L1, which the first reading
+  /// went past, may serve all warps of an SM: see WarpAttention::load_query.
   FI_PREFETCH_DEVICE void read_again(const DecodeParams& p) {
     const uint32_t r = groups_ == 0 ? lane_index() : threadIdx.x;
     row_again_ = {0, 0, 0};

@@ -356,7 +356,9 @@ def check(
         current = evidence.tree_hash(root)
         if earlier is not None and evidence.judge(earlier, current).state == evidence.PASSED:
             raise click.ClickException(f"{path} says that {earlier.gpu} has run this tree, and all of it passed")
-        ran = earlier if earlier is not None and earlier.hash == current and earlier.gpu is not None else None
+        ran = earlier if earlier is not None and earlier.hash == current else None
+        if ran is not None and ran.gpu is None and ran.several_gpus is None:
+            ran = None  # an earlier declaration
         with one_line(ValueError):
             declared = evidence.not_run(root, environment.commit(), ran)
         path.write_text(declared.to_json())

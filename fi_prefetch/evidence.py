@@ -251,7 +251,7 @@ def _unclean(record: Evidence) -> str | None:
     for name, counts in {**record.suites, **record.sanitizers}.items():
         if not counts.clean:
             return f"{name}: {counts.passed} passed, {counts.failed} failed, {counts.skipped} skipped"
-    return None
+    return None if record.several_gpus is None else _several_complaint(record.several_gpus)
 
 
 def _complaint(record: Evidence) -> str | None:
@@ -264,7 +264,7 @@ def _complaint(record: Evidence) -> str | None:
             return f"{name}: {record.suites[name].passed} passed, at least {least} are wanted"
     if record.suites[RANDOM_CASES].seed is None:
         return f"{RANDOM_CASES}: no seed was recorded, so nobody can draw them again"
-    return None if record.several_gpus is None else _several_complaint(record.several_gpus)
+    return None
 
 
 def _several_complaint(run: SeveralGpus) -> str | None:

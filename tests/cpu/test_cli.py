@@ -594,6 +594,8 @@ def test_several_gpus_alone_are_no_record_of_the_rest(monkeypatch: pytest.Monkey
     record, verdict = recorded(tree)
     assert record.gpu is None and not record.suites and record.several_gpus.counts.passed == 37
     assert verdict.state == evidence.FAILED and "tests/gpu has not run" in verdict.reason
+    succeed("check", "--declare-not-run")
+    assert recorded(tree)[0].several_gpus == record.several_gpus, "what ran is kept when the rest is declared"
 
 
 def test_each_part_runs_its_own_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -255,10 +255,17 @@ def test_what_ran_is_kept_beside_what_did_not(tree: Path) -> None:
     [
         ({"sanitizers": {"memcheck": Counts(60, 1, 0)}}, "memcheck: 60 passed, 1 failed"),
         ({"suites": {evidence.GPU_SUITE: Counts(2400, 0, 3)}}, "3 skipped"),
+        (
+            {
+                "suites": {},
+                "several_gpus": evidence.SeveralGpus({"NVIDIA H200": 2}, "abc", "580", {}, Counts(36, 1, 0)),
+            },
+            "36 passed, 1 failed",
+        ),
         ({}, "parts are missing"),
         ({"hash": "0" * 64, "suites": {}}, "of this tree"),
     ],
-    ids=["failed", "skipped", "whole", "of another tree"],
+    ids=["failed", "skipped", "failed on several GPUs", "whole", "of another tree"],
 )
 def test_what_failed_is_not_what_has_not_run(tree: Path, change: dict, reason: str) -> None:
     current = evidence.tree_hash(tree)
