@@ -46,35 +46,26 @@ struct SharedMemory {
   }
 };
 
-/// A warp's piece of the line of tiles.
+/// What a warp does, by a page table that was read.
 template <typename T>
-struct Piece {
+struct Work {
   Partition partition{0, 1};
-  uint32_t begin = 0;
-  uint32_t count = 0;
-  TileCursor<T::kWindow> first;  // if count > 0
+  Piece<T::kWindow> piece;
   bool some_request_is_empty = false;
+
+  Work() = default;
+  /// Collective over the block.
+  FI_PREFETCH_DEVICE Work(const DecodeParams& p, RequestScan<T::kWindow>& scan)
+      : partition(cut(p, scan, gridDim.x, warps_per_block())),
+        piece(p, partition, scan, warp_number()),
+        some_request_is_empty(scan.some_request_is_empty()) {}
 };
 
-/// This warp's piece, by a page table that was read. Collective over the warp.
-template <typename T>
-FI_PREFETCH_DEVICE Piece<T> find_piece(const DecodeParams& p, RequestScan<T::kWindow>& scan) {
-  Piece<T> piece;
-  piece.some_request_is_empty = scan.some_request_is_empty();
-  piece.partition = cut(p, scan, gridDim.x, warps_per_block());
-  const uint32_t warp = warp_number(), worker = warp >> piece.partition.abreast_log2;
-  piece.begin = piece.partition.begin(worker);
-  piece.count = piece.partition.begin(worker + 1) - piece.begin;
-  if (piece.count > 0) piece.first = TileCursor<T::kWindow>(p, piece.partition, scan, piece.begin, warp);
-  return piece;
-}
-
 /// The share that this block (or this warp, where heads are read abreast) has of the request and head at a cursor,
-/// whose tiles are [begin, end) on the line. Collective over the warp.
-template <typename T>
-FI_PREFETCH_DEVICE Share share_of(const Piece<T>& piece, const TileCursor<T::kWindow>& at, uint32_t begin,
+/// which is at [begin, end) on the line. Collective over the warp.
+template <bool WINDOW>
+FI_PREFETCH_DEVICE Share share_of(const Partition& partition, const TileCursor<WINDOW>& at, uint32_t begin,
                                   uint32_t end) {
-  const Partition& partition = piece.partition;
   const bool abreast = partition.abreast_log2 > 0;
   // Who meets others: the block, that is all of its workers; or the one worker that this warp is of.
   const uint32_t workers = abreast ? 1 : warps_per_block();
@@ -102,21 +93,24 @@ FI_PREFETCH_DEVICE Share share_of(const Piece<T>& piece, const TileCursor<T::kWi
 /// tiles of as well, if it ends in this warp's piece; on the right the one that goes on in the warps after it.
 /// Collective over the warp.
 template <typename T>
-FI_PREFETCH_DEVICE void keep_shares(const DecodeParams& p, RequestScan<T::kWindow>& scan, const Piece<T>& piece,
+FI_PREFETCH_DEVICE void keep_shares(const DecodeParams& p, RequestScan<T::kWindow>& scan, const Work<T>& work,
                                     const SharedMemory<T>& shared) {
   const uint32_t warp = warp_index();
+  const Piece<T::kWindow>& piece = work.piece;
   const uint32_t piece_end = piece.begin + piece.count;
   TileCursor<T::kWindow> at = piece.first;
   uint32_t begin = piece.begin - at.tile, end = begin + at.request.tiles;
 #pragma unroll 1
   for (uint32_t on_the_right = 0; on_the_right < 2; ++on_the_right) {
     if (piece.count > 0 && on_the_right && end < piece_end) {
-      at = TileCursor<T::kWindow>(p, piece.partition, scan, piece_end - 1, warp);
+      at = TileCursor<T::kWindow>(p, work.partition, scan, piece_end - 1, warp);
       begin = piece_end - 1 - at.tile, end = begin + at.request.tiles;
     }
     Share share{};
     if (piece.count > 0 && (on_the_right ? end > piece_end : begin < piece.begin && end <= piece_end)) {
-      share = share_of<T>(piece, at, begin, end);
+      const bool of_splits = piece.splits > 0;
+      const uint32_t first = of_splits ? warp_number() - piece.split : begin;
+      share = share_of(work.partition, at, first, of_splits ? first + piece.splits : end);
     }
     if (lane_index() == 0) (on_the_right ? shared.right_shares : shared.left_shares)[warp] = share;
   }
@@ -170,15 +164,16 @@ FI_PREFETCH_DEVICE void write_empty_requests(const DecodeParams& p) {
 /// other warps by itself. What merge_own_share() goes on with stays where it is. `begin` and `end`: where the request
 /// and head's tiles are on the line.
 template <typename T>
-FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Piece<T>& piece, const Run& run, uint32_t begin,
+FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Work<T>& work, const Run& run, uint32_t begin,
                                  uint32_t end, WarpAttention<T>& attention, const SharedMemory<T>& shared) {
+  const Piece<T::kWindow>& piece = work.piece;
   const bool goes_on = end > piece.begin + piece.count;
   attention.finish();
   const bool has_all = begin >= piece.begin && !goes_on;
-  const bool abreast = piece.partition.abreast_log2 > 0;
+  const bool abreast = work.partition.abreast_log2 > 0;
   const uint32_t warp = warp_index();
   const Share& share = (goes_on ? shared.right_shares : shared.left_shares)[warp];
-  if (has_all || (abreast && meet_other_warps<T>(p, share, piece.partition.abreast_log2, attention))) {
+  if (has_all || (abreast && meet_other_warps<T>(p, share, work.partition.abreast_log2, attention))) {
     attention.write_output(run.request, run.head);
   }
   if (has_all || abreast || share.alone) return;
@@ -244,7 +239,8 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   const SharedMemory<T> shared(ptx::dynamic_shared_memory(), warps, p.group_size * p.q_len);
   KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.runs + warp * T::kStages);
   WarpAttention<T> attention(p);
-  Piece<T> piece;
+  Work<T> work;
+  const Piece<T::kWindow>& piece = work.piece;
   // What is read before the kernels that this one depends on have finished is final if the caller promised so, else a
   // guess: no more than hints and copies into the ring follow from it until it was compared with what is there after
   // the wait.
@@ -259,20 +255,21 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   while (true) {
     const bool scan_in_rings = RequestScan<T::kWindow>::shared_bytes(p.table.batch_size) > shared.left_partial_bytes();
     RequestScan<T::kWindow> scan(p, scan_in_rings ? shared.rings : reinterpret_cast<uint8_t*>(shared.left_partials));
-    piece = find_piece<T>(p, scan);
+    work = Work<T>(p, scan);
     pipeline.start(piece.first, piece.count);
     const bool verify = before_wait && !is_final;
     if (!verify) pipeline.load_second_pages();
-    const bool early_load =
-        may_load_early && piece.partition.tiles <= static_cast<uint64_t>(p.levers.early_load) * piece.partition.workers;
+    const bool early_load = may_load_early && work.partition.has_at_most(p.levers.early_load);
     if (before_wait && !early_load) pipeline.prefetch_head(p.levers.prologue);
 
     // Blocks of a full grid find their shared memory taken by the kernel before if it is one of these: they start when
-    // its blocks end, and have no time to spare until their first tiles are on their way.
-    const bool keep_late = piece.partition.warps() == gridDim.x * warps && !scan_in_rings;
+    // its blocks end, and have no time to spare until their first tiles are on their way. Neither has a warp that fills
+    // a short ring more than twice.
+    const bool is_full = work.partition.warps() == gridDim.x * warps;
+    const bool keep_late = (is_full || (!T::kTakesTwo && piece.count > 2 * T::kStages)) && !scan_in_rings;
 #pragma unroll 1
     for (uint32_t late = 0; late < 2; ++late) {
-      if (keep_late == (late == 1)) keep_shares<T>(p, scan, piece, shared);
+      if (keep_late == (late == 1)) keep_shares<T>(p, scan, work, shared);
       if (late) break;
       if (scan_in_rings) __syncthreads();
       bool finished = !early_load;  // the kernels before
@@ -311,7 +308,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     if (scan.in_shared_memory()) __syncthreads();
   }
   count_running(p, 1);
-  if (piece.some_request_is_empty) write_empty_requests<T>(p);
+  if (work.some_request_is_empty) write_empty_requests<T>(p);
 
   Run run{};
   uint32_t run_end = 0;  // in tiles of the piece
@@ -329,7 +326,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     pipeline.template wait<T::kTakesTwo ? 2 : 1>(i);
     // As many stages are free as tiles were taken the last time.
 #pragma unroll 1
-    for (uint32_t free = 0; free < step; ++free) pipeline.issue();
+    for (uint32_t free = 0; free < step; ++free) pipeline.template issue</*RUNS_AHEAD=*/true>();
     if constexpr (T::kTakesTwo) step = i + 2 <= run_end ? 2 : 1;
     const uint32_t tile = pipeline.tile(stage);
     if (T::kTakesTwo && step == 2) {
@@ -343,13 +340,13 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     run.tile += step;
     if (i + step == run_end) {
       const uint32_t begin = piece.begin + run_end - run.tile;
-      put_away<T>(p, piece, run, begin, begin + run.tiles, attention, shared);
+      put_away<T>(p, work, run, begin, begin + run.tiles, attention, shared);
     }
   }
 
   count_running(p, -1);
-  if (piece.partition.abreast_log2 > 0) return;               // its warps met others by themselves
-  if (blockIdx.x * warps >= piece.partition.workers) return;  // a block without work, all of its warps
+  if (work.partition.abreast_log2 > 0) return;               // its warps met others by themselves
+  if (blockIdx.x * warps >= work.partition.workers) return;  // a block without work, all of its warps
   __syncthreads();
   merge_own_share<T>(p, shared, attention);
   merge_shares<T>(p, shared);

@@ -125,13 +125,12 @@ __global__ void __launch_bounds__(256, 1)
   const SharedMemory<T> shared(ptx::dynamic_shared_memory(), warps, rows);
   KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.runs + warp * T::kStages);
   WarpAttention<T> attention(p);
-  const SplitCount count{fixed.tiles};
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
 #pragma unroll 1
   for (uint64_t position = blockIdx.x;; position += gridDim.x) {
     // Anew for every split: where a large batch's scan lies, tiles lie soon.
-    RequestScan<T::kWindow, SplitCount> scan(p, shared.rings, count);
+    RequestScan<T::kWindow> scan(p, shared.rings, fixed.tiles);
     if (position == blockIdx.x && scan.some_request_is_empty()) write_empty_requests<T>(p);
     if (position >= scan.total() * p.num_kv_heads) return;
     const uint32_t number = position;
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(256, 1)
     at.request = location.request;
     at.request_index = location.request_index;
     at.head_step = 1;
-    const uint32_t splits = max(count(at.request), 1u);
+    const uint32_t splits = max(location.splits, 1u);
     at.head = min(location.offset / splits, p.num_kv_heads - 1u);
     const uint32_t split = min(location.offset - at.head * splits, splits - 1);
     // Only a broken page table, one that lists its pages many times over, has more splits than there is room for. All

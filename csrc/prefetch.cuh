@@ -73,7 +73,7 @@ class TileRows {
 
   /// A product of 32-bit numbers, added to a 64-bit one: one instruction.
   FI_PREFETCH_DEVICE static const uint8_t* address(const uint8_t* base, uint32_t unit_bytes, uint32_t offset) {
-    return base + static_cast<uint64_t>(offset) * unit_bytes;
+    return base + ptx::wide_product(offset, unit_bytes);
   }
 
   /// Asks for this lane's row, `distance` tiles after the cursor's. Rows beyond the request's length are left out.

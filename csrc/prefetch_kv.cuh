@@ -27,12 +27,9 @@ __global__ void __launch_bounds__(256, 1)
   const auto give_way = [&] { return p.running != nullptr && ptx::load_relaxed(p.running) > 0; };
   const uint32_t stride = gridDim.x * warps_per_block();
   for (uint32_t warp = blockIdx.x * warps_per_block() + warp_index(); warp < partition.warps(); warp += stride) {
-    const uint32_t worker = warp >> partition.abreast_log2;
-    const uint32_t begin = partition.begin(worker);
-    const uint32_t count = min(partition.begin(worker + 1) - begin, window.tiles_per_warp);
-    if (count == 0) continue;
-    const TileCursor<T::kWindow> first(p, partition, scan, begin, warp);
-    prefetch_head_of_piece<T>(p, first, count, window.evict_last, give_way);
+    const Piece<T::kWindow> piece(p, partition, scan, warp);
+    const uint32_t count = min(piece.count, window.tiles_per_warp);
+    if (count > 0) prefetch_head_of_piece<T>(p, piece.first, count, window.evict_last, give_way);
   }
 }
 

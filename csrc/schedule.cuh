@@ -1,7 +1,8 @@
 // Who does what. All tiles of the batch form one line, ordered by request, then kv head, then token. The line is cut
-// into one piece a warp, equal to within one tile, so skewed batches balance; the cut is made here, on the device, from
-// the page table as it is when the kernel runs. Nothing was planned on the host that could be stale.
-// fi_prefetch/schedule.py is the same arithmetic in Python.
+// into one piece a warp, equal to within one tile, so skewed batches balance; or, where requests differ and there are
+// few of them, so that every piece is of one request and head. The cut is made here, on the device, from the page table
+// as it is when the kernel runs. Nothing was planned on the host that could be stale. fi_prefetch/schedule.py is the
+// same arithmetic in Python.
 #pragma once
 
 #include "params.cuh"
@@ -98,43 +99,38 @@ FI_PREFETCH_DEVICE Request load_request(const DecodeParams& p, uint32_t r) {
   return request_of<WINDOW>(p, load_row(p.table, r));
 }
 
-/// The lines that work may be laid out on count a request's tiles of one kv head as what they are,
-struct TileCount {
-  FI_PREFETCH_DEVICE uint32_t operator()(const Request& request) const { return request.tiles; }
-};
+/// Splits of at most `most_tiles` tiles that `tiles` tiles are cut into. A line of work is one of splits of every
+/// request and head; of tiles where a split is one.
+FI_PREFETCH_DEVICE uint32_t split_count(uint32_t tiles, uint32_t most_tiles) {
+  return (tiles + most_tiles - 1) / most_tiles;
+}
 
-/// or as splits of `tiles` tiles, the last of which may be shorter.
-struct SplitCount {
-  uint32_t tiles;
-  FI_PREFETCH_DEVICE uint32_t operator()(const Request& request) const { return (request.tiles + tiles - 1) / tiles; }
-};
-
-/// A position on the line of tiles: tile `offset % tiles` of kv head `offset / tiles` of a request. On a line of splits
-/// the same with splits.
+/// A position on the line: split `offset % splits` of kv head `offset / splits` of a request.
 struct Location {
   Request request{};
   uint32_t request_index = 0;
+  uint32_t splits = 0;
   uint32_t offset = 0;
 };
 
-/// The requests and the running sums of their tiles (or of their splits: COUNT). A batch of up to 32 lies in the
-/// registers of every warp, one request a lane, and no warp waits for another; a larger one in shared memory, 32
-/// requests a group.
-template <bool WINDOW, typename COUNT = TileCount>
+/// The requests, and the running sums of their splits. A batch of up to 32 lies in the registers of every warp, one
+/// request a lane, and no warp waits for another; a larger one in shared memory, 32 requests a group.
+template <bool WINDOW>
 class RequestScan {
  public:
   static __host__ __device__ constexpr uint32_t shared_bytes(uint32_t batch_size) {
     return batch_size <= 32 ? 0 : (batch_size + 31) / 32 * 32 * (sizeof(Request) + sizeof(uint32_t));
   }
 
-  /// Collective over the block. `shared`: shared_bytes of memory, in use until the last locate().
-  FI_PREFETCH_DEVICE RequestScan(const DecodeParams& p, uint8_t* shared, COUNT count = {}) : count_(count) {
+  /// Reads the page table, for a line of splits of at most `most_tiles` tiles. Collective over the block. `shared`:
+  /// shared_bytes of memory, in use until the last locate().
+  FI_PREFETCH_DEVICE RequestScan(const DecodeParams& p, uint8_t* shared, uint32_t most_tiles = 1) {
     const uint32_t batch_size = p.table.batch_size;
     const uint32_t lane = lane_index();
     if (batch_size <= 32) {
       row_ = load_row(p.table, lane);
       request_ = request_of<WINDOW>(p, row_);
-      sum_ = warp_inclusive_sum(count_(request_));
+      sum_ = warp_inclusive_sum(split_count(request_.tiles, most_tiles));
       total_ = __shfl_sync(kFullWarp, sum_, 31);
       longest_ = __reduce_max_sync(kFullWarp, request_.tiles);
       some_empty_ = __any_sync(kFullWarp, lane < batch_size && request_.tiles == 0);
@@ -149,7 +145,7 @@ class RequestScan {
       row_ = load_row(p.table, r);
       const Request request = request_of<WINDOW>(p, row_);
       requests_[r] = request;
-      sums_[r] = warp_inclusive_sum(count_(request));
+      sums_[r] = warp_inclusive_sum(split_count(request.tiles, most_tiles));
       empty |= r < batch_size && request.tiles == 0;
     }
     some_empty_ = __syncthreads_or(empty);
@@ -187,25 +183,49 @@ class RequestScan {
 
   FI_PREFETCH_DEVICE bool in_shared_memory() const { return groups_ > 0; }
   FI_PREFETCH_DEVICE bool some_request_is_empty() const { return some_empty_; }
-  /// Tiles (or splits) of one kv head over all requests.
+  /// Splits of one kv head over all requests.
   FI_PREFETCH_DEVICE uint32_t total() const { return total_; }
   /// Tiles of one kv head of the longest request.
   FI_PREFETCH_DEVICE uint32_t longest() const { return longest_; }
 
-  /// Where `position` (below heads * total()) lies. Collective over the warp, the same position in every lane.
+  /// What total() is with other splits, of which no request has many (see small_quotient). Collective over the warp.
+  FI_PREFETCH_DEVICE uint32_t total_of(uint32_t most_tiles) const {
+    uint32_t sum = 0;
+    uint32_t group = 0;
+    do {
+      const uint32_t tiles = groups_ == 0 ? request_.tiles : requests_[group * 32 + lane_index()].tiles;
+      sum += small_quotient(tiles + most_tiles - 1, most_tiles);
+    } while (++group < groups_);
+    return __reduce_add_sync(kFullWarp, sum);
+  }
+  /// From now on the line is one of these. Collective over the block.
+  FI_PREFETCH_DEVICE void cut_again(uint32_t most_tiles) {
+    if (groups_ == 0) {
+      sum_ = warp_inclusive_sum(small_quotient(request_.tiles + most_tiles - 1, most_tiles));
+      return;
+    }
+    __syncthreads();  // the old sums were read
+    for (uint32_t group = warp_index(); group < groups_; group += warps_per_block()) {
+      const uint32_t r = group * 32 + lane_index();
+      sums_[r] = warp_inclusive_sum(small_quotient(requests_[r].tiles + most_tiles - 1, most_tiles));
+    }
+    __syncthreads();
+  }
+
+  /// Where `position` (below the splits of all heads) lies. Collective over the warp, the same position in every lane.
   FI_PREFETCH_DEVICE Location locate(uint32_t position, uint32_t heads) {
     const uint32_t lane = lane_index();
-    uint32_t before = 0;  // tiles a head of the requests before the group
+    uint32_t before = 0;  // splits a head of the requests before the group
     uint32_t group = 0;
     if (groups_ > 0) {
       for (uint32_t first = 0; first < groups_; first += 32) {
-        const uint32_t tiles = first + lane < groups_ ? sums_[(first + lane) * 32 + 31] : 0;
-        const uint32_t sum = warp_inclusive_sum(tiles);
+        const uint32_t splits = first + lane < groups_ ? sums_[(first + lane) * 32 + 31] : 0;
+        const uint32_t sum = warp_inclusive_sum(splits);
         const uint32_t beyond = __ballot_sync(kFullWarp, heads * (before + sum) > position);
         if (beyond != 0) {
           const int hit = __ffs(beyond) - 1;
           group = first + hit;
-          before += __shfl_sync(kFullWarp, sum - tiles, hit);
+          before += __shfl_sync(kFullWarp, sum - splits, hit);
           break;
         }
         before += __shfl_sync(kFullWarp, sum, 31);
@@ -215,15 +235,15 @@ class RequestScan {
     }
     const uint32_t beyond = __ballot_sync(kFullWarp, heads * (before + sum_) > position);
     const int hit = beyond != 0 ? __ffs(beyond) - 1 : 31;
-    const uint32_t start = before + __shfl_sync(kFullWarp, sum_ - count_(request_), hit);
-    return {request_.of_lane(hit), group * 32 + hit, position - heads * start};
+    const uint32_t end = __shfl_sync(kFullWarp, sum_, hit), below = __shfl_sync(kFullWarp, sum_, max(hit - 1, 0));
+    const uint32_t start = hit > 0 ? below : 0;
+    return {request_.of_lane(hit), group * 32 + hit, end - start, position - heads * (before + start)};
   }
 
  private:
-  COUNT count_;
   uint32_t groups_ = 0;  // in shared memory
   Request* requests_ = nullptr;
-  uint32_t* sums_ = nullptr;  // tiles (or splits) of a request and of those before it in its group
+  uint32_t* sums_ = nullptr;  // splits of a request and of those before it in its group
   TableRow row_{};            // what this lane read last, and what it says now
   TableRow row_again_{};
   Request request_{};  // this lane's of the group at hand, and its sum
@@ -233,19 +253,30 @@ class RequestScan {
   bool some_empty_ = false;
 };
 
-/// The cut of `tiles` tiles over `workers` warps: worker j takes [begin(j), begin(j + 1)). Sizes differ by at most one
-/// (beyond 2^32 / workers tiles by a few), and the longer pieces are spread evenly (the first ones alone would make
-/// whole blocks late).
+/// The cut of a line of `tiles` tiles over `workers` warps: worker j takes [begin(j), begin(j + 1)). Sizes differ by at
+/// most one (beyond 2^32 / workers tiles by a few), and the longer pieces are spread evenly (the first ones alone would
+/// make whole blocks late). Or that of a line of as many splits as workers, one each: see cut().
 struct Partition {
-  uint32_t tiles;
+  uint32_t tiles;         // or splits
   uint32_t workers;       // at most 65,535, so that j * share fits 32 bits
   uint32_t share;         // a worker's, in 2^-32 of the line, rounded up
-  uint32_t abreast_log2;  // a worker is this many neighbouring warps (log2): see cut()
+  uint32_t abreast_log2;  // a worker is this many neighbouring warps (log2)
+  uint32_t split_tiles;   // at most so many in a split; 1: the line is one of tiles
 
-  FI_PREFETCH_DEVICE Partition(uint32_t tiles_, uint32_t workers_, uint32_t abreast_log2_ = 0)
-      : tiles(tiles_), workers(workers_), share(0xffffffffu / workers_ + 1), abreast_log2(abreast_log2_) {}
+  FI_PREFETCH_DEVICE Partition(uint32_t tiles_, uint32_t workers_, uint32_t abreast_log2_ = 0,
+                               uint32_t split_tiles_ = 1)
+      : tiles(tiles_),
+        workers(workers_),
+        share(0xffffffffu / workers_ + 1),
+        abreast_log2(abreast_log2_),
+        split_tiles(split_tiles_) {}
 
   FI_PREFETCH_DEVICE uint32_t warps() const { return workers << abreast_log2; }
+
+  /// Whether no piece is longer than `most` tiles.
+  FI_PREFETCH_DEVICE bool has_at_most(uint32_t most) const {
+    return tiles * static_cast<uint64_t>(split_tiles) <= static_cast<uint64_t>(most) * workers;
+  }
 
   FI_PREFETCH_DEVICE uint32_t begin(uint32_t j) const { return j >= workers ? tiles : __umulhi(tiles, j * share); }
 
@@ -278,12 +309,12 @@ FI_PREFETCH_DEVICE uint32_t default_min_tiles(uint32_t tiles, uint32_t blocks, u
   return piece <= 2 && nearly_all_work && longest_request > warps * piece ? 2 * piece : least;
 }
 
-/// Blocks that get work: no more than have `min_tiles` a warp, and no more than the longest piece needs, a little
-/// rounded up. Pieces of 8 and not of 7 or 8 tiles take as long, and cut fewer requests in two. Where all requests have
-/// `equal` tiles (0: they differ) and two more a warp let every block have one whole, they get them: two tiles take
-/// half as long as a meeting of blocks (H100). Every block that works gets a tile at least.
-FI_PREFETCH_DEVICE uint32_t active_blocks(uint32_t tiles, uint32_t blocks, uint32_t warps, uint32_t min_tiles,
-                                          uint32_t equal) {
+/// A block's tiles, of which its warps have at least `min_tiles` each, and otherwise as few as do, a little rounded up.
+/// Pieces of 8 and not of 7 or 8 tiles take as long, and cut fewer requests in two. Where all requests have `equal`
+/// tiles (0: they differ) and two more a warp let every block have one whole, they get them: two tiles take half as
+/// long as a meeting of blocks (H100).
+FI_PREFETCH_DEVICE uint32_t tiles_of_a_block(uint32_t tiles, uint32_t blocks, uint32_t warps, uint32_t min_tiles,
+                                             uint32_t equal) {
   const uint32_t workers = blocks * warps;
   uint32_t piece = min_tiles;
   if (tiles > workers * min_tiles) {
@@ -291,10 +322,34 @@ FI_PREFETCH_DEVICE uint32_t active_blocks(uint32_t tiles, uint32_t blocks, uint3
     const uint32_t unit = (1u << floor_log2(piece)) / 16;  // up to 1/16 longer
     if (unit > 1) piece = (piece + unit - 1) & ~(unit - 1);
   }
-  uint32_t tiles_per_block = piece * warps;
-  if (equal > tiles_per_block && equal <= tiles_per_block + 2 * warps) tiles_per_block = equal;
-  const uint32_t full = small_quotient(tiles, tiles_per_block);
-  return max(full + (full * tiles_per_block != tiles), 1u);
+  const uint32_t of_a_block = piece * warps;
+  return equal > of_a_block && equal <= of_a_block + 2 * warps ? equal : of_a_block;
+}
+
+/// Pieces that are of one request and head each.
+struct WholePieces {
+  uint32_t most_tiles = 1;  // of a piece; 1: work is not cut like this
+  uint32_t total = 0;       // pieces of one kv head
+};
+
+/// How work is cut into whole pieces, if they need not be much longer for that than those that are cut anywhere and
+/// have up to `piece` tiles. To go over to another request or head costs a warp 1.3 us (H200), and in the end all
+/// others wait for it. Collective over the warp.
+template <bool WINDOW>
+FI_PREFETCH_DEVICE WholePieces whole_pieces(const DecodeParams& p, const RequestScan<WINDOW>& scan, uint32_t blocks,
+                                            uint32_t warps, uint32_t piece) {
+  const uint32_t heads = p.num_kv_heads, workers = blocks * warps;
+  if (piece == 1 || static_cast<uint64_t>(p.table.batch_size) * heads > workers) return {};
+  const uint32_t longest = piece + min(max(piece / 8, 1u), 4u);
+#pragma unroll 1
+  for (; piece <= longest; ++piece) {
+    const uint32_t total = scan.total_of(piece), pieces = heads * total;
+    if (pieces > workers) continue;
+    // No request ends within a piece of the other kind either, of which there are as many.
+    if (total * piece == scan.total() && small_quotient(pieces, warps) * warps == pieces) return {};
+    return {piece, total};
+  }
+  return {};
 }
 
 /// Whether neighbouring warps read neighbouring kv heads abreast, the same tokens of each at about the same time: rows
@@ -305,11 +360,12 @@ FI_PREFETCH_DEVICE bool reads_abreast(uint32_t tiles, uint32_t warps, uint32_t l
   return tiles >= static_cast<uint64_t>(max(kLongPiece, 2 * longest_request)) * warps;
 }
 
-/// The cut for a grid of `blocks` blocks of `warps` warps. Where kv heads are read abreast, a worker is 2^abreast_log2
-/// neighbouring warps, and the line that of a head in as many: warp w has the heads that leave w.
+/// The cut for a grid of `blocks` blocks of `warps` warps, of the line that is the scan's from then on. Pieces are
+/// whole where requests differ and they can be (equal ones mostly end with a piece anyhow). Where kv heads are read
+/// abreast, a worker is 2^abreast_log2 neighbouring warps, and the line that of a head in as many: warp w has the heads
+/// that leave w. Every block that works gets a tile at least. Collective over the block.
 template <bool WINDOW>
-FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, const RequestScan<WINDOW>& scan, uint32_t blocks,
-                                 uint32_t warps) {
+FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, RequestScan<WINDOW>& scan, uint32_t blocks, uint32_t warps) {
   const uint32_t tiles = scan.total() * p.num_kv_heads;
   const uint32_t min_tiles =
       p.min_tiles_per_warp > 0 ? p.min_tiles_per_warp : default_min_tiles(tiles, blocks, warps, scan.longest());
@@ -317,7 +373,18 @@ FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, const RequestScan<WINDOW
   const uint32_t log2 = reads_abreast(tiles, blocks * warps, scan.longest()) ? p.abreast_log2 : 0;
   // Blocks that work, or workers where these are parts of one or more blocks.
   const uint32_t most = log2 > 0 ? blocks * warps >> log2 : blocks, workers = log2 > 0 ? 1 : warps;
-  return Partition(tiles >> log2, active_blocks(tiles >> log2, most, workers, min_tiles, equal) * workers, log2);
+  const uint32_t of_a_block = tiles_of_a_block(tiles >> log2, most, workers, min_tiles, equal);
+  if (equal == 0 && log2 == 0) {
+    const WholePieces whole = whole_pieces(p, scan, blocks, warps, small_quotient(of_a_block, warps));
+    if (whole.most_tiles > 1) {
+      scan.cut_again(whole.most_tiles);
+      const uint32_t pieces = whole.total * p.num_kv_heads;
+      return Partition(pieces, pieces, 0, whole.most_tiles);
+    }
+  }
+  const uint32_t full = small_quotient(tiles >> log2, of_a_block);
+  const uint32_t working = max(full + (full * of_a_block != tiles >> log2), 1u);
+  return Partition(tiles >> log2, working * workers, log2);
 }
 
 /// Walks the line of tiles. The same values in every lane of the warp.
@@ -330,17 +397,18 @@ struct TileCursor {
   uint32_t head_step;  // a power of two
 
   TileCursor() = default;
-  /// At tile `position` of the line of warp number `warp`. Collective over the warp.
+  /// At tile (or split, of which the cursor's tile is the number then) `position` of the line of warp number `warp`.
+  /// Collective over the warp.
   FI_PREFETCH_DEVICE TileCursor(const DecodeParams& p, const Partition& partition, RequestScan<WINDOW>& scan,
                                 uint32_t position, uint32_t warp)
       : head_step(1u << partition.abreast_log2) {
     const Location at = scan.locate(position, p.num_kv_heads >> partition.abreast_log2);
     request = at.request;
     request_index = at.request_index;
-    const uint32_t tiles = max(request.tiles, 1u);  // a warp without a piece has no location
-    const uint32_t step = small_quotient(at.offset, tiles);
+    const uint32_t splits = max(at.splits, 1u);  // a warp without a piece has no location
+    const uint32_t step = small_quotient(at.offset, splits);
     head = step * head_step + warp % head_step;
-    tile = at.offset - step * tiles;
+    tile = at.offset - step * splits;
   }
 
   FI_PREFETCH_DEVICE int32_t token() const { return request.first_token + static_cast<int32_t>(tile * kTileTokens); }
@@ -369,6 +437,34 @@ struct TileCursor {
       request = candidate.of_lane(hit);
       return;
     }
+  }
+};
+
+/// A warp's piece of the line.
+template <bool WINDOW>
+struct Piece {
+  uint32_t begin = 0;        // in tiles of the line; where that is one of splits, in those of its request and head
+  uint32_t count = 0;        // tiles
+  TileCursor<WINDOW> first;  // if count > 0
+  uint32_t split = 0;        // where the line is one of splits: it is the split-th of `splits`
+  uint32_t splits = 0;       // 0: the line is one of tiles
+
+  Piece() = default;
+  /// The piece of warp number `warp`. Collective over the warp.
+  FI_PREFETCH_DEVICE Piece(const DecodeParams& p, const Partition& partition, RequestScan<WINDOW>& scan,
+                           uint32_t warp) {
+    const uint32_t worker = warp >> partition.abreast_log2;
+    begin = partition.begin(worker);
+    count = partition.begin(worker + 1) - begin;
+    if (count == 0) return;
+    first = TileCursor<WINDOW>(p, partition, scan, begin, warp);
+    if (partition.split_tiles == 1) return;
+    const uint32_t tiles = first.request.tiles;
+    split = first.tile, splits = small_quotient(tiles + partition.split_tiles - 1, partition.split_tiles);
+    // Equal but for one tile; the first ones are the longer.
+    const uint32_t least = small_quotient(tiles, splits), longer = tiles - least * splits;
+    begin = first.tile = split * least + min(split, longer);
+    count = least + (split < longer);
   }
 };
 

@@ -34,7 +34,8 @@ class PrefetchPolicy:
     """Which prefetch levers a wrapper may use.
 
     Attributes:
-        run_ahead: tiles beyond a warp's pipeline to prefetch into L2 in the main loop; "auto" chooses.
+        run_ahead: tiles beyond a warp's pipeline to prefetch into L2 in the main loop, once the pipeline is full;
+            "auto" chooses.
         prologue: tiles a warp prefetches into L2 before it waits for the kernel before it; "auto" chooses.
         early_load: start real loads before that wait, where the wrapper's `ready` promises that this is safe, and
             leave the prologue out; "auto" does so where the kernel finds that a warp has little to read.

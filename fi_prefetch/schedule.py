@@ -3,8 +3,10 @@
 Nothing that runs a decode uses this: the kernel makes its schedule itself, on the device.
 
 All tiles of a batch form one line, ordered by request, then kv head, then token. It is cut into one piece a warp, equal
-to within one tile. Where pieces are long, neighbouring warps read neighbouring kv heads abreast: the line is then that
-of every so-many-th head, and as many warps have the same piece of it, each of another head.
+to within one tile. Where requests differ in length and pieces need not be much longer for it, every piece is of one
+request and head: the line is then one of splits, one a warp. Where pieces are long, neighbouring warps read
+neighbouring kv heads abreast: the line is then that of every so-many-th head, and as many warps have the same piece of
+it, each of another head.
 """
 
 from __future__ import annotations
@@ -78,17 +80,38 @@ def reads_abreast(tiles: int, warps: int, longest_request: int) -> bool:
     return tiles >= max(32, 2 * longest_request) * warps
 
 
-def active_blocks(tiles: int, blocks: int, warps: int, min_tiles: int, equal: int = 0) -> int:
-    """Blocks of the grid that get work. `equal`: what all requests have in tiles, 0 where they differ."""
+def tiles_of_a_block(tiles: int, blocks: int, warps: int, min_tiles: int, equal: int = 0) -> int:
+    """Tiles of a block that works. `equal`: what all requests have in tiles, 0 where they differ."""
     piece = min_tiles
     if tiles > blocks * warps * min_tiles:
         piece = -(-tiles // (blocks * warps))
         unit = max((1 << (piece.bit_length() - 1)) // 16, 1)
         piece = -(-piece // unit) * unit
-    tiles_per_block = piece * warps
-    if tiles_per_block < equal <= tiles_per_block + 2 * warps:
-        tiles_per_block = equal
-    return max(-(-tiles // tiles_per_block), 1)
+    of_a_block = piece * warps
+    return equal if of_a_block < equal <= of_a_block + 2 * warps else of_a_block
+
+
+def active_blocks(tiles: int, blocks: int, warps: int, min_tiles: int, equal: int = 0) -> int:
+    """Blocks of the grid that get work where pieces are cut anywhere; arguments as in `tiles_of_a_block`."""
+    return max(-(-tiles // tiles_of_a_block(tiles, blocks, warps, min_tiles, equal)), 1)
+
+
+def whole_pieces(tiles: Sequence[int], num_kv_heads: int, blocks: int, warps: int, piece: int) -> int:
+    """Tiles of the longest piece where every one is to be of one request and head; 1 where they are cut anywhere.
+
+    Args:
+        tiles: of one kv head, by request.
+        piece: what a piece has at most if it is cut anywhere.
+    """
+    workers = blocks * warps
+    if piece == 1 or len(tiles) * num_kv_heads > workers:
+        return 1
+    for most in range(piece, piece + min(max(piece // 8, 1), 4) + 1):
+        total = sum(-(-n // most) for n in tiles)
+        pieces = num_kv_heads * total
+        if pieces <= workers:
+            return 1 if total * most == sum(tiles) and pieces % warps == 0 else most
+    return 1
 
 
 @dataclass(frozen=True)
@@ -137,17 +160,38 @@ class Schedule:
         return most_abreast(warps, self.num_kv_heads)
 
     @cached_property
+    def equal_tiles(self) -> int:
+        """What all requests have in tiles; 0 where they differ."""
+        longest = max(self.tiles, default=0)
+        return longest if longest * len(self.tiles) == sum(self.tiles) else 0
+
+    @cached_property
+    def min_tiles(self) -> int:
+        """Tiles that a warp has at least, as long as there are more."""
+        tiles = sum(self.tiles) * self.num_kv_heads
+        longest = max(self.tiles, default=0)
+        return self.min_tiles_per_warp or default_min_tiles(tiles, self.blocks, self.warps, longest)
+
+    @cached_property
+    def split_tiles(self) -> int:
+        """Tiles of the longest split where the line is one of splits; 1 where it is one of tiles."""
+        if self.equal_tiles or self.abreast > 1 or not any(self.tiles):
+            return 1
+        tiles = sum(self.tiles) * self.num_kv_heads
+        piece = tiles_of_a_block(tiles, self.blocks, self.warps, self.min_tiles) // self.warps
+        return whole_pieces(self.tiles, self.num_kv_heads, self.blocks, self.warps, piece)
+
+    @cached_property
     def partition(self) -> Partition:
         """The cut of the line, which all workers share."""
-        tiles = sum(self.tiles) * self.num_kv_heads
-        line = tiles // self.abreast
-        longest = max(self.tiles, default=0)
-        equal = longest if longest * len(self.tiles) == sum(self.tiles) else 0
+        if self.split_tiles > 1:
+            pieces = self.num_kv_heads * sum(-(-tiles // self.split_tiles) for tiles in self.tiles)
+            return Partition(pieces, pieces)
+        line = sum(self.tiles) * self.num_kv_heads // self.abreast
         blocks, warps = self.blocks, self.warps
-        min_tiles = self.min_tiles_per_warp or default_min_tiles(tiles, blocks, warps, longest)
         if self.abreast > 1:  # workers, parts of one or more blocks
             blocks, warps = blocks * warps // self.abreast, 1
-        return Partition(line, active_blocks(line, blocks, warps, min_tiles, equal) * warps)
+        return Partition(line, active_blocks(line, blocks, warps, self.min_tiles, self.equal_tiles) * warps)
 
     @property
     def working_blocks(self) -> int:
@@ -156,6 +200,8 @@ class Schedule:
     @cached_property
     def segments(self) -> list[Segment]:
         """All segments, in the line's order; those of heads that are read abreast one head after another."""
+        if self.split_tiles > 1:
+            return self._whole_segments()
         segments = []
         for lane in range(self.abreast):
             position, worker = 0, 0
@@ -172,9 +218,22 @@ class Schedule:
                         tile = end_tile
         return segments
 
+    def _whole_segments(self) -> list[Segment]:
+        """One a warp: a request and head's are equal to within one tile, the longer ones first."""
+        segments: list[Segment] = []
+        for request, tiles in enumerate(self.tiles):
+            splits = -(-tiles // self.split_tiles)
+            for head in range(self.num_kv_heads):
+                for split in range(splits):
+                    first, end = (i * (tiles // splits) + min(i, tiles % splits) for i in (split, split + 1))
+                    segments.append(Segment(*divmod(len(segments), self.warps), request, head, first, end))
+        return segments
+
     @property
     def longest_piece(self) -> int:
         """Tiles of the warp that has most to do."""
+        if self.split_tiles > 1:
+            return max(s.end_tile - s.first_tile for s in self.segments)
         begins = [self.partition.begin(j) for j in range(self.partition.workers + 1)]
         return max(end - begin for begin, end in zip(begins[:-1], begins[1:], strict=True))
 

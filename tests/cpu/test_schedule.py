@@ -55,7 +55,7 @@ def test_every_working_block_has_a_tile(tiles, blocks, warps, min_tiles, equal):
 
 def test_a_block_has_whole_requests_where_that_costs_two_tiles_a_warp_at_most():
     assert Schedule([512] * 64, 1, blocks=132, warps=8).blocks_of(0) == 1
-    assert Schedule([512] * 63 + [511 - 16], 1, blocks=132, warps=8).blocks_of(0) > 1, "they differ"
+    assert Schedule([528] * 60 + [300] * 4, 1, blocks=132, warps=8).blocks_of(4) > 1, "they differ"
     assert Schedule([1024] * 32, 1, blocks=132, warps=8).blocks_of(0) > 1, "eight tiles a warp, not two"
 
 
@@ -106,8 +106,45 @@ def cuts_as(schedule, problem):
     return asked == expected
 
 
+@given(
+    lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=12),
+    heads=st.integers(1, 3),
+    blocks=st.integers(4, 40),
+    warps=st.integers(1, 8),
+)
+def test_whole_pieces_are_of_one_request_and_head(lengths, heads, blocks, warps):
+    schedule = Schedule(lengths, heads, blocks, warps)
+    if schedule.split_tiles == 1:
+        return
+    assert schedule.working_blocks <= blocks
+    assert schedule.longest_piece <= schedule.split_tiles
+    warps_with_work = [(s.block, s.warp) for s in schedule.segments]
+    assert len(set(warps_with_work)) == len(warps_with_work), "one segment a warp"
+    anywhere = -(-sum(schedule.tiles) * heads // (blocks * warps))
+    assert schedule.longest_piece <= max(anywhere, schedule.min_tiles) + 4 + anywhere // 16, "hardly longer"
+
+
+def test_pieces_are_whole_where_requests_differ_and_are_few():
+    def split_tiles(lengths, heads=1):
+        return Schedule(lengths, heads, blocks=132, warps=8).split_tiles
+
+    assert split_tiles([65536] + [4096] * 31) == 12, "11.7 tiles a warp"
+    assert split_tiles([16384] + [64] * 15) == 2, "542 pieces, which 68 blocks would cut into 544"
+    assert split_tiles([4096] * 32 + [128] * 32) == 1, "1,056 pieces of eight tiles, however they are cut"
+    assert split_tiles([2100] * 64) == 1, "equal requests"
+    assert split_tiles([4096, 2048] * 600) == 1, "more requests than warps"
+    assert split_tiles([4096, 2048] * 100, 8) == 1, "more requests and heads than warps"
+    assert split_tiles([100, 200, 300]) == 1, "one tile a warp"
+
+
 @pytest.mark.parametrize("window_left", [-1, 40])
-@pytest.mark.parametrize("lengths", [[500], [40, 0, 333, 16, 1], [64] * 12, [80] * 5, [400] * 22, [300, 1, 200] * 16])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [500], [40, 0, 333, 16, 1], [64] * 12, [80] * 5, [400] * 22, [300, 1, 200] * 16,
+        [700, 90, 0, 210], [1200, 30, 330, 16],
+    ],
+)  # fmt: skip
 def test_the_kernel_cuts_where_the_host_does(lengths, window_left):
     heads, blocks, warps = 4, 5, 4
     problem = emulated.make_problem(
@@ -116,6 +153,25 @@ def test_the_kernel_cuts_where_the_host_does(lengths, window_left):
     )  # fmt: skip
     schedule = Schedule(lengths, heads, blocks, warps, problem.min_tiles, window_left=window_left)
     assert (schedule.abreast == 4) == (len(lengths) > 15 and window_left < 0)
+    assert cuts_as(schedule, problem)
+
+
+@pytest.mark.parametrize(
+    "lengths, blocks, warps, split_tiles",
+    [
+        ([900, 0, 30, 415], 12, 4, 4),
+        ([900, 0, 30, 415], 9, 4, 6),
+        ([900] + [40] * 40, 40, 6, 2),
+        ([16, 250, 0, 33] * 9, 16, 8, 4),
+        ([16, 250, 0, 33] * 9, 10, 8, 1),
+    ],
+)
+def test_the_kernel_cuts_whole_pieces_where_the_host_does(lengths, blocks, warps, split_tiles):
+    problem = emulated.make_problem(
+        lengths, heads_q=4, heads_kv=2, page_size=16, blocks=blocks, warps=warps, min_tiles=0
+    )
+    schedule = Schedule(lengths, 2, blocks, warps)
+    assert schedule.split_tiles == split_tiles
     assert cuts_as(schedule, problem)
 
 

@@ -25,6 +25,7 @@ FI_PREFETCH_DEVICE uint32_t shared_address(const void* pointer, Site site = Site
 
 FI_PREFETCH_DEVICE const uint8_t* opaque(const uint8_t* pointer) { return pointer; }
 FI_PREFETCH_DEVICE int32_t opaque(int32_t x) { return x; }
+FI_PREFETCH_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 
 FI_PREFETCH_DEVICE ushort2 halves(uint32_t x) { return {static_cast<uint16_t>(x), static_cast<uint16_t>(x >> 16)}; }
 
