@@ -109,7 +109,7 @@ MAX_SPILLED_BYTES = {
 # The same of the batch-invariant kernel, whose loop over splits keeps its own beside the 32 rows that a merge has on
 # their way.
 MAX_SPILLED_BYTES_OF_FIXED_SPLITS = {
-    "NONE": {(128, 1): 16, (128, 2): 256, (256, 1): 232, (256, 2): 672},
+    "NONE": {(128, 1): 16, (128, 2): 272, (256, 1): 232, (256, 2): 672},
     "ROPE_LLAMA": {(128, 2): 200},
 }
 
@@ -237,8 +237,9 @@ def test_instructions(case):
         assert kernel.count("LDGDEPBAR") > 0 and kernel.count("DEPBAR") > 0, "groups of copies"
         assert kernel.count("LDSM") > kernel.count("LDSM", "MT88") > 0, "ldmatrix, plain for K, transposed for V"
         assert kernel.count("MOVM") > 0, "movmatrix: P from the one product's layout to the other's"
-        assert kernel.count("CCTL", "PF2") > 0, "prefetch of lines into L2"
-        assert (kernel.count("UBLKPF", "L2") > 0) == hopper, "prefetch of whole tiles into L2"
+        prefetches = not case.variant.fixed_split  # the batch-invariant kernel brings nothing into L2
+        assert (kernel.count("CCTL", "PF2") > 0) == prefetches, "prefetch of lines into L2"
+        assert (kernel.count("UBLKPF", "L2") > 0) == (hopper and prefetches), "prefetch of whole tiles into L2"
         assert (kernel.count("ACQBULK") > 0) == hopper, "the wait for the kernels before"
         assert (kernel.count("PREEXIT") > 0) == hopper, "the start of the kernels after"
         doubles = sum(kernel.count(name) for name in ("DADD", "DMUL", "DFMA"))
