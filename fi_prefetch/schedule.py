@@ -96,6 +96,11 @@ def active_blocks(tiles: int, blocks: int, warps: int, min_tiles: int, equal: in
     return max(-(-tiles // tiles_of_a_block(tiles, blocks, warps, min_tiles, equal)), 1)
 
 
+def split_count(tiles: int, most_tiles: int) -> int:
+    """Splits of at most `most_tiles` tiles that `tiles` tiles are cut into."""
+    return -(-tiles // most_tiles)
+
+
 def whole_pieces(tiles: Sequence[int], num_kv_heads: int, blocks: int, warps: int, piece: int) -> int:
     """Tiles of the longest piece where every one is to be of one request and head; 1 where they are cut anywhere.
 
@@ -107,7 +112,7 @@ def whole_pieces(tiles: Sequence[int], num_kv_heads: int, blocks: int, warps: in
     if piece == 1 or len(tiles) * num_kv_heads > workers:
         return 1
     for most in range(piece, piece + min(max(piece // 8, 1), 4) + 1):
-        total = sum(-(-n // most) for n in tiles)
+        total = sum(split_count(n, most) for n in tiles)
         pieces = num_kv_heads * total
         if pieces <= workers:
             return 1 if total * most == sum(tiles) and pieces % warps == 0 else most
@@ -152,42 +157,48 @@ class Schedule:
         return [request_tiles(length, self.q_len, self.window_left) for length in self.lengths]
 
     @cached_property
+    def all_tiles(self) -> int:
+        """Tiles of all requests and kv heads."""
+        return sum(self.tiles) * self.num_kv_heads
+
+    @cached_property
+    def longest(self) -> int:
+        """Tiles of one kv head of the longest request."""
+        return max(self.tiles, default=0)
+
+    @cached_property
     def abreast(self) -> int:
         """Kv heads that are read abreast, each by a warp of its own; a worker of the partition is so many warps."""
-        tiles, warps = sum(self.tiles) * self.num_kv_heads, self.blocks * self.warps
-        if not reads_abreast(tiles, warps, max(self.tiles, default=0)):
+        warps = self.blocks * self.warps
+        if not reads_abreast(self.all_tiles, warps, self.longest):
             return 1
         return most_abreast(warps, self.num_kv_heads)
 
     @cached_property
     def equal_tiles(self) -> int:
         """What all requests have in tiles; 0 where they differ."""
-        longest = max(self.tiles, default=0)
-        return longest if longest * len(self.tiles) == sum(self.tiles) else 0
+        return self.longest if self.longest * len(self.tiles) == sum(self.tiles) else 0
 
     @cached_property
     def min_tiles(self) -> int:
         """Tiles that a warp has at least, as long as there are more."""
-        tiles = sum(self.tiles) * self.num_kv_heads
-        longest = max(self.tiles, default=0)
-        return self.min_tiles_per_warp or default_min_tiles(tiles, self.blocks, self.warps, longest)
+        return self.min_tiles_per_warp or default_min_tiles(self.all_tiles, self.blocks, self.warps, self.longest)
 
     @cached_property
     def split_tiles(self) -> int:
         """Tiles of the longest split where the line is one of splits; 1 where it is one of tiles."""
-        if self.equal_tiles or self.abreast > 1 or not any(self.tiles):
+        if self.equal_tiles or self.abreast > 1 or self.longest == 0:
             return 1
-        tiles = sum(self.tiles) * self.num_kv_heads
-        piece = tiles_of_a_block(tiles, self.blocks, self.warps, self.min_tiles) // self.warps
+        piece = tiles_of_a_block(self.all_tiles, self.blocks, self.warps, self.min_tiles) // self.warps
         return whole_pieces(self.tiles, self.num_kv_heads, self.blocks, self.warps, piece)
 
     @cached_property
     def partition(self) -> Partition:
         """The cut of the line, which all workers share."""
         if self.split_tiles > 1:
-            pieces = self.num_kv_heads * sum(-(-tiles // self.split_tiles) for tiles in self.tiles)
+            pieces = self.num_kv_heads * sum(split_count(tiles, self.split_tiles) for tiles in self.tiles)
             return Partition(pieces, pieces)
-        line = sum(self.tiles) * self.num_kv_heads // self.abreast
+        line = self.all_tiles // self.abreast
         blocks, warps = self.blocks, self.warps
         if self.abreast > 1:  # workers, parts of one or more blocks
             blocks, warps = blocks * warps // self.abreast, 1
@@ -222,7 +233,7 @@ class Schedule:
         """One a warp: a request and head's are equal to within one tile, the longer ones first."""
         segments: list[Segment] = []
         for request, tiles in enumerate(self.tiles):
-            splits = -(-tiles // self.split_tiles)
+            splits = split_count(tiles, self.split_tiles)
             for head in range(self.num_kv_heads):
                 for split in range(splits):
                     first, end = (i * (tiles // splits) + min(i, tiles % splits) for i in (split, split + 1))
