@@ -41,9 +41,9 @@ constexpr int stage_count() {
   return std::min(std::max(24 * 1024 / kStageBytes, 3), 8);
 }
 
-template <int ROW_TILES>
+template <int ROW_TILES, bool FEW_REQUESTS = false>
 using Traits = DecodeTraits<FI_PREFETCH_DTYPE_Q, FI_PREFETCH_DTYPE_KV, FI_PREFETCH_DTYPE_O, FI_PREFETCH_HEAD_DIM,
-                            ROW_TILES, stage_count(), kWindow, kSoftCap, kPosition>;
+                            ROW_TILES, stage_count(), kWindow, kSoftCap, kPosition, FEW_REQUESTS>;
 using AnyTraits = Traits<1>;
 
 /// Query rows of a kv head. Their sums fill the registers: 32 rows of 128 dimensions already spill (192 bytes).
@@ -199,7 +199,7 @@ void check_plan_info(const Array<int64_t>& info) {
 
 void check_batch_size(int64_t batch_size, int64_t warps) {
   FI_PREFETCH_CHECK(batch_size <= 1 << 20 &&
-                        RequestScan<kWindow>::shared_bytes(batch_size) <= warps * SharedMemory<AnyTraits>::kRingBytes,
+                        ScanOf<AnyTraits>::shared_bytes(batch_size) <= warps * SharedMemory<AnyTraits>::kRingBytes,
                     ValueError)
       << "batch_size: " << batch_size << " requests are more than the shared memory of a block of " << warps
       << " warps holds";
@@ -392,10 +392,9 @@ void set_cache(DecodeParams& p, const TensorView& k, const TensorView& v, const 
   t.num_indices = num_indices;
   t.num_pages = ks.pages;
   t.page_size = ks.page_size;
-  t.page_shift = -1;
-  if ((ks.page_size & (ks.page_size - 1)) == 0) {
-    for (t.page_shift = 0; int64_t{1} << t.page_shift < ks.page_size;) ++t.page_shift;
-  }
+  t.page_shift = 0;
+  while (int64_t{1} << t.page_shift < ks.page_size) ++t.page_shift;
+  t.page_inverse = static_cast<uint32_t>(((uint64_t{1} << (31 + t.page_shift)) + ks.page_size - 1) / ks.page_size);
   // A tile's rows beyond a length are computed with (and not read), so a tile more must fit as well.
   t.max_pages_per_request = (std::numeric_limits<int32_t>::max() - 64 * kTileTokens) / ks.page_size;
 }
@@ -438,14 +437,16 @@ void launch(const Launch& l, int device, const Params&... params) {
   check_cuda(cudaLaunchKernelEx(&config, KERNEL, params...), "cudaLaunchKernelEx");
 }
 
-/// The kernel of this module for up to 8 query rows a kv head (T: Traits<1>) or more.
-template <typename T>
+/// The kernel of this module for up to 8 query rows a kv head (ROW_TILES: 1) or more.
+template <int ROW_TILES>
 void launch_attention(const Launch& l, int device, const DecodeParams& p, const Plan& plan, int64_t splits) {
   if constexpr (kFixedSplit) {
     const FixedSplitParams fixed{static_cast<uint32_t>(plan.tiles), static_cast<uint32_t>(splits)};
-    launch<fixed_split_kernel<T>>(l, device, p, fixed);
+    launch<fixed_split_kernel<Traits<ROW_TILES>>>(l, device, p, fixed);
+  } else if (p.table.batch_size <= 32) {
+    launch<decode_kernel<Traits<ROW_TILES, /*FEW_REQUESTS=*/true>>>(l, device, p);
   } else {
-    launch<decode_kernel<T>>(l, device, p);
+    launch<decode_kernel<Traits<ROW_TILES>>>(l, device, p);
   }
 }
 
@@ -560,9 +561,9 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
   tvm::ffi::CUDADeviceGuard guard(device.device_id);
   const Launch l{made.blocks, made.warps, shared_bytes(made.warps, rows), enable_pdl, current_stream(device)};
   if (rows <= 8) {
-    launch_attention<Traits<1>>(l, device.device_id, p, made, splits);
+    launch_attention<1>(l, device.device_id, p, made, splits);
   } else {
-    launch_attention<Traits<2>>(l, device.device_id, p, made, splits);
+    launch_attention<2>(l, device.device_id, p, made, splits);
   }
 }
 
@@ -588,7 +589,7 @@ void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView ind
   const int64_t tiles = budget_bytes / (made.blocks * made.warps * AnyTraits::kStageBytes);
   if (tiles <= 0 || p.table.batch_size == 0) return;
   check_batch_size(p.table.batch_size, made.warps);
-  const uint32_t shared = RequestScan<kWindow>::shared_bytes(p.table.batch_size);
+  const uint32_t shared = RequestScan<kWindow, false>::shared_bytes(p.table.batch_size);
   const PrefetchKvParams window{static_cast<uint32_t>(made.blocks), static_cast<uint32_t>(made.warps),
                                 static_cast<uint32_t>(std::min<int64_t>(tiles, 1 << 24)), evict_last};
   tvm::ffi::CUDADeviceGuard guard(device.device_id);

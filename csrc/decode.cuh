@@ -12,6 +12,9 @@
 
 namespace fi_prefetch {
 
+template <typename T>
+using ScanOf = RequestScan<T::kWindow, T::kFewRequests>;
+
 /// The block's dynamic shared memory. The host asks for `bytes`, the kernel uses the pointers.
 template <typename T>
 struct SharedMemory {
@@ -55,16 +58,15 @@ struct Work {
 
   Work() = default;
   /// Collective over the block.
-  FI_PREFETCH_DEVICE Work(const DecodeParams& p, RequestScan<T::kWindow>& scan)
+  FI_PREFETCH_DEVICE Work(const DecodeParams& p, ScanOf<T>& scan)
       : partition(cut(p, scan, gridDim.x, warps_per_block())),
         piece(p, partition, scan, warp_number()),
         some_request_is_empty(scan.some_request_is_empty()) {}
 };
 
-/// The share that this block (or this warp, where heads are read abreast) has of the request and head at a cursor,
-/// which is at [begin, end) on the line. Collective over the warp.
-template <bool WINDOW>
-FI_PREFETCH_DEVICE Share share_of(const Partition& partition, const TileCursor<WINDOW>& at, uint32_t begin,
+/// The share that this block (or this warp, where heads are read abreast) has of a run's request and head, which is at
+/// [begin, end) on the line. Collective over the warp.
+FI_PREFETCH_DEVICE Share share_of(const Partition& partition, uint32_t request, uint32_t head, uint32_t begin,
                                   uint32_t end) {
   const bool abreast = partition.abreast_log2 > 0;
   // Who meets others: the block, that is all of its workers; or the one worker that this warp is of.
@@ -74,13 +76,12 @@ FI_PREFETCH_DEVICE Share share_of(const Partition& partition, const TileCursor<W
   const uint32_t warp_begin = partition.begin(first_worker + lane), warp_end = partition.begin(first_worker + lane + 1);
   const bool has_some = lane < workers && max(begin, warp_begin) < min(end, warp_end);
   Share share{};
-  share.request = at.request_index;
-  share.head = at.head;
+  share.request = request;
+  share.head = head;
   share.warps = __ballot_sync(kFullWarp, has_some);
   share.goes_on = __ballot_sync(kFullWarp, has_some && warp_end < end);
-  share.first = begin >= partition.begin(first_worker) ? own : partition.owner(begin) / workers;
-  const uint32_t last = end <= partition.begin(first_worker + workers) ? own : partition.owner(end - 1) / workers;
-  share.count = last - share.first + 1;
+  share.first = partition.last_at_or_before(begin, own, workers);
+  share.count = partition.last_before(end, own, workers) - share.first + 1;
   const bool is_first = !abreast && (share.warps & ((1u << warp_index()) - 1)) == 0;
   // A block may have several such shares, and the rows of them all would take turns in its merge, of about 0.8 us
   // (H100). The first of up to eight warps would be at it as long as a turn.
@@ -89,31 +90,20 @@ FI_PREFETCH_DEVICE Share share_of(const Partition& partition, const TileCursor<W
   return share;
 }
 
-/// Keeps for the merge what this warp shares with others: on the left the request and head that warps before it have
-/// tiles of as well, if it ends in this warp's piece; on the right the one that goes on in the warps after it.
-/// Collective over the warp.
+/// Keeps for the merge that this warp shares a run's request and head with others: on the left the one that warps
+/// before it have tiles of as well, if it ends in this warp's piece; on the right the one that goes on in the warps
+/// after it. `begin` and `end`: where the request and head's tiles are on the line. Collective over the warp.
 template <typename T>
-FI_PREFETCH_DEVICE void keep_shares(const DecodeParams& p, RequestScan<T::kWindow>& scan, const Work<T>& work,
-                                    const SharedMemory<T>& shared) {
+FI_PREFETCH_DEVICE void keep_share(const Work<T>& work, uint32_t request, uint32_t head, uint32_t begin, uint32_t end,
+                                   const SharedMemory<T>& shared) {
   const uint32_t warp = warp_index();
   const Piece<T::kWindow>& piece = work.piece;
-  const uint32_t piece_end = piece.begin + piece.count;
-  TileCursor<T::kWindow> at = piece.first;
-  uint32_t begin = piece.begin - at.tile, end = begin + at.request.tiles;
-#pragma unroll 1
-  for (uint32_t on_the_right = 0; on_the_right < 2; ++on_the_right) {
-    if (piece.count > 0 && on_the_right && end < piece_end) {
-      at = TileCursor<T::kWindow>(p, work.partition, scan, piece_end - 1, warp);
-      begin = piece_end - 1 - at.tile, end = begin + at.request.tiles;
-    }
-    Share share{};
-    if (piece.count > 0 && (on_the_right ? end > piece_end : begin < piece.begin && end <= piece_end)) {
-      const bool of_splits = piece.splits > 0;
-      const uint32_t first = of_splits ? warp_number() - piece.split : begin;
-      share = share_of(work.partition, at, first, of_splits ? first + piece.splits : end);
-    }
-    if (lane_index() == 0) (on_the_right ? shared.right_shares : shared.left_shares)[warp] = share;
-  }
+  const bool goes_on = end > piece.begin + piece.count;
+  if (begin >= piece.begin && !goes_on) return;
+  const bool of_splits = piece.splits > 0;
+  const uint32_t first = of_splits ? warp_number() - piece.split : begin;
+  const Share share = share_of(work.partition, request, head, first, of_splits ? first + piece.splits : end);
+  (goes_on ? shared.right_shares : shared.left_shares)[warp] = share;
 }
 
 /// Brings all of the parameters into the SM's constant cache while there is time: what is first read after the last
@@ -173,13 +163,16 @@ FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Work<T>& work, con
   const bool abreast = work.partition.abreast_log2 > 0;
   const uint32_t warp = warp_index();
   const Share& share = (goes_on ? shared.right_shares : shared.left_shares)[warp];
-  if (has_all || (abreast && meet_other_warps<T>(p, share, work.partition.abreast_log2, attention))) {
+  if (!has_all && !abreast) {
+    if (share.alone) return;
+    // What goes on is the piece's last: its ring holds no other tile, and after the barrier no lane reads this one.
+    __syncwarp();
+    attention.write_partial(goes_on ? shared.right_partial(warp) : shared.left_partial(warp, p.group_size * p.q_len));
+    return;
+  }
+  if (has_all || meet_other_warps<T>(p, share, work.partition.abreast_log2, attention)) {
     attention.write_output(run.request, run.head);
   }
-  if (has_all || abreast || share.alone) return;
-  // What goes on is the piece's last: its ring holds no other tile, and after the barrier no lane reads this one.
-  __syncwarp();
-  attention.write_partial(goes_on ? shared.right_partial(warp) : shared.left_partial(warp, p.group_size * p.q_len));
 }
 
 /// Merges what this warp has begun, and a few others of its block have gone on with, and writes it out. Collective over
@@ -231,13 +224,14 @@ FI_PREFETCH_DEVICE void merge_shares(const DecodeParams& p, const SharedMemory<T
 /// Grid: any number of blocks up to 1,024; block: a whole number of warps, at most 8; dynamic shared memory:
 /// SharedMemory<T>::bytes.
 ///
-/// Each piece of code that is long stands here once (hence the loops that run twice): a call on little KV is done in
-/// less time than it takes to fetch 100 KB of instructions.
+/// The code is short on purpose, and what is long in it stands once, but for the first tile's copies and its share:
+/// between two layers of a model the weights push it out of L2, and every 1,000 instructions take about 1 us to come
+/// back (H200), those that a call skips included. To see it, measure in layers and not call after call.
 template <typename T>
 __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ DecodeParams p) {
   const uint32_t warp = warp_index(), warps = warps_per_block();
   const SharedMemory<T> shared(ptx::dynamic_shared_memory(), warps, p.group_size * p.q_len);
-  KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.runs + warp * T::kStages);
+  KvPipeline<T> pipeline(p, shared.rings, shared.runs);
   WarpAttention<T> attention(p);
   Work<T> work;
   const Piece<T::kWindow>& piece = work.piece;
@@ -246,61 +240,49 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   // the wait.
   const bool may_load_early = p.dependent_launch && p.levers.ready == kAllButLastToken;
   const bool is_final = p.levers.ready != kNothing;
-  bool before_wait = p.dependent_launch && (is_final || RequestScan<T::kWindow>::can_compare(p));
+  bool finished = true;  // the kernels before this one
+  bool keep_late = false;
+  bool before_wait = p.dependent_launch && (is_final || ScanOf<T>::can_compare(p));
   prefetch_counters(p);
   if (!before_wait) ptx::wait_for_dependencies();
   touch(p);
 
 #pragma unroll 1
   while (true) {
-    const bool scan_in_rings = RequestScan<T::kWindow>::shared_bytes(p.table.batch_size) > shared.left_partial_bytes();
-    RequestScan<T::kWindow> scan(p, scan_in_rings ? shared.rings : reinterpret_cast<uint8_t*>(shared.left_partials));
+    const bool scan_in_rings = ScanOf<T>::shared_bytes(p.table.batch_size) > shared.left_partial_bytes();
+    ScanOf<T> scan(p, scan_in_rings ? shared.rings : reinterpret_cast<uint8_t*>(shared.left_partials));
     work = Work<T>(p, scan);
-    pipeline.start(piece.first, piece.count);
+    pipeline.start(piece.first, piece.count, scan.of_this_lane());
     const bool verify = before_wait && !is_final;
-    if (!verify) pipeline.load_second_pages();
     const bool early_load = may_load_early && work.partition.has_at_most(p.levers.early_load);
     if (before_wait && !early_load) pipeline.prefetch_head(p.levers.prologue);
 
-    // Blocks of a full grid find their shared memory taken by the kernel before if it is one of these: they start when
-    // its blocks end, and have no time to spare until their first tiles are on their way. Neither has a warp that fills
-    // a short ring more than twice.
-    const bool is_full = work.partition.warps() == gridDim.x * warps;
-    const bool keep_late = (is_full || (!T::kTakesTwo && piece.count > 2 * T::kStages)) && !scan_in_rings;
-#pragma unroll 1
-    for (uint32_t late = 0; late < 2; ++late) {
-      if (keep_late == (late == 1)) keep_shares<T>(p, scan, work, shared);
-      if (late) break;
-      if (scan_in_rings) __syncthreads();
-      bool finished = !early_load;  // the kernels before
-      if (finished) {
-        if (before_wait) ptx::wait_for_dependencies();
-        ptx::launch_dependents();
-        // These loads before the copies, behind 128 KB of which they would wait otherwise.
-        if (verify) {
-          scan.read_again(p);
-          pipeline.read_first_pages_again();
-          pipeline.load_second_pages();
-        }
-        if (piece.count > 0) attention.load_query(piece.first.request_index, piece.first.head);
-        // Once outside of the loop, at whose head the compiler waits for all of the loads above.
-        pipeline.issue();
-      }
-      // All stages but the one that the loop below fills first.
-      const uint32_t tiles = min(piece.count, T::kStages - 1u);
-#pragma unroll 1
-      while (true) {
-        const bool filled = pipeline.issued() >= tiles;
-        if (!finished && (filled || !pipeline.upcoming_is_older_than(p.q_len))) {
-          ptx::wait_for_dependencies();
-          ptx::launch_dependents();
-          if (piece.count > 0) attention.load_query(piece.first.request_index, piece.first.head);
-          finished = true;
-        }
-        if (filled) break;
-        pipeline.issue();
-      }
+    shared.left_shares[warp] = shared.right_shares[warp] = {};
+    // The first run's share is noted in the time before the wait, if there is any. Blocks of a full grid find their
+    // shared memory taken by the kernel before if it is one of these: they start when its blocks end, and have no time
+    // to spare until their first tiles are on their way.
+    keep_late = work.partition.warps() == gridDim.x * warps;
+    if (!keep_late && piece.count > 0) {
+      const uint32_t begin = piece.begin - piece.first.tile;
+      keep_share<T>(work, piece.first.request_index, piece.first.head, begin, begin + piece.first.request.tiles,
+                    shared);
     }
+
+    if (scan_in_rings) __syncthreads();
+    finished = !early_load || piece.count == 0;
+    if (finished) {
+      if (before_wait) ptx::wait_for_dependencies();
+      ptx::launch_dependents();
+      // These loads before the copies, behind 128 KB of which they would wait otherwise.
+      if (verify) {
+        scan.read_again(p);
+        pipeline.read_first_pages_again();
+      }
+      if (piece.count > 0) attention.load_query(piece.first.request_index, piece.first.head);
+    }
+    pipeline.load_second_pages();
+    // Once outside of the loop, at whose head the compiler waits for all of the loads above.
+    if (finished) pipeline.issue();
     before_wait = false;
     if (!verify && scan.in_shared_memory()) __syncthreads();  // it lies where the left partials are
     if (!verify || !scan.changed(pipeline.first_pages_changed())) break;
@@ -308,25 +290,37 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     if (scan.in_shared_memory()) __syncthreads();
   }
   count_running(p, 1);
-  if (work.some_request_is_empty) write_empty_requests<T>(p);
 
   Run run{};
   uint32_t run_end = 0;  // in tiles of the piece
+  uint32_t begin = 0;    // where the run's request and head begins on the line
   uint32_t stage = 0;
-  uint32_t step = 1;  // tiles taken together the last time
+  uint32_t step = 1;
 #pragma unroll 1
   for (uint32_t i = 0; i < piece.count; i += step) {
+    __syncwarp();  // all lanes are done with the tiles before, whose stages are free
+#pragma unroll 1
+    while (true) {
+      const bool filled = pipeline.issued() >= min(piece.count, i + T::kTilesInRing);
+      if (!finished && (filled || !pipeline.upcoming_is_older_than(p.q_len))) {
+        ptx::wait_for_dependencies();
+        ptx::launch_dependents();
+        attention.load_query(piece.first.request_index, piece.first.head);
+        finished = true;
+      }
+      if (filled) break;
+      pipeline.template issue</*RUNS_AHEAD=*/true>();
+    }
     if (i == run_end) {
       __syncwarp();  // the run: lane 0 wrote it
       run = pipeline.run(stage);
-      run_end += min(run.tiles - run.tile, piece.count - run_end);
       if (i > 0) attention.load_query(run.request, run.head);
+      begin = piece.begin + i - run.tile;
+      run_end += min(run.tiles - run.tile, piece.count - run_end);
+      if (i > 0 || keep_late) keep_share<T>(work, run.request, run.head, begin, begin + run.tiles, shared);
       attention.start();
     }
     pipeline.template wait<T::kTakesTwo ? 2 : 1>(i);
-    // As many stages are free as tiles were taken the last time.
-#pragma unroll 1
-    for (uint32_t free = 0; free < step; ++free) pipeline.template issue</*RUNS_AHEAD=*/true>();
     if constexpr (T::kTakesTwo) step = i + 2 <= run_end ? 2 : 1;
     const uint32_t tile = pipeline.tile(stage);
     if (T::kTakesTwo && step == 2) {
@@ -337,19 +331,17 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     }
     stage = pipeline.next(stage);
     run.token += step * kTileTokens;
-    run.tile += step;
-    if (i + step == run_end) {
-      const uint32_t begin = piece.begin + run_end - run.tile;
-      put_away<T>(p, work, run, begin, begin + run.tiles, attention, shared);
-    }
+    if (i + step == run_end) put_away<T>(p, work, run, begin, begin + run.tiles, attention, shared);
   }
 
   count_running(p, -1);
-  if (work.partition.abreast_log2 > 0) return;               // its warps met others by themselves
-  if (blockIdx.x * warps >= work.partition.workers) return;  // a block without work, all of its warps
-  __syncthreads();
-  merge_own_share<T>(p, shared, attention);
-  merge_shares<T>(p, shared);
+  // Warps that read abreast met others by themselves; a block without work has none.
+  if (work.partition.abreast_log2 == 0 && blockIdx.x * warps < work.partition.workers) {
+    __syncthreads();
+    merge_own_share<T>(p, shared, attention);
+    merge_shares<T>(p, shared);
+  }
+  if (work.some_request_is_empty) write_empty_requests<T>(p);
 }
 
 }  // namespace fi_prefetch

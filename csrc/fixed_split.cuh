@@ -55,7 +55,7 @@ struct WarpTiles {
 template <typename T>
 FI_PREFETCH_DEVICE void attend_to(const DecodeParams& p, TileCursor<T::kWindow> at, uint32_t count,
                                   KvPipeline<T>& pipeline, WarpAttention<T>& attention, float* partial) {
-  pipeline.start(at, count);
+  pipeline.start(at, count, Request{});
   pipeline.load_second_pages();
   if (count == 0) return;
   attention.load_query(at.request_index, at.head);
@@ -123,14 +123,14 @@ __global__ void __launch_bounds__(256, 1)
   const uint32_t warp = warp_index(), warps = warps_per_block();
   const uint32_t rows = p.group_size * p.q_len;
   const SharedMemory<T> shared(ptx::dynamic_shared_memory(), warps, rows);
-  KvPipeline<T> pipeline(p, shared.rings + warp * SharedMemory<T>::kRingBytes, shared.runs + warp * T::kStages);
+  KvPipeline<T> pipeline(p, shared.rings, shared.runs);
   WarpAttention<T> attention(p);
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
 #pragma unroll 1
   for (uint64_t position = blockIdx.x;; position += gridDim.x) {
     // Anew for every split: where a large batch's scan lies, tiles lie soon.
-    RequestScan<T::kWindow> scan(p, shared.rings, fixed.tiles);
+    ScanOf<T> scan(p, shared.rings, fixed.tiles);
     if (position == blockIdx.x && scan.some_request_is_empty()) write_empty_requests<T>(p);
     if (position >= scan.total() * p.num_kv_heads) return;
     const uint32_t number = position;

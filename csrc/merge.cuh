@@ -14,12 +14,12 @@ namespace fi_prefetch {
 struct __align__(16) Share {
   uint32_t request;
   uint32_t head;
-  uint32_t warps;    // of this block that have tiles of it: a bit each
-  uint32_t goes_on;  // those of them after which it goes on in another warp
-  uint32_t first;    // the blocks that have, or the workers of the partition where heads are read abreast
-  uint32_t count;
-  uint32_t leads;  // 1: the warp that keeps this is the first of `warps`, and the block merges it row by row
-  uint32_t alone;  // 1: this warp merges it by itself, all rows at once and in its registers; then nobody leads
+  uint16_t first;  // the blocks that have, or the workers of the partition where heads are read abreast
+  uint16_t count;
+  uint8_t warps;    // of this block that have tiles of it: a bit each
+  uint8_t goes_on;  // those of them after which it goes on in another warp
+  bool leads;       // the warp that keeps this is the first of `warps`, and the block merges it row by row
+  bool alone;       // this warp merges it by itself, all rows at once and in its registers; then nobody leads
 };
 
 /// A query row's sums over several splits; lane l has the dimensions from l * kVector.

@@ -24,10 +24,13 @@ struct PageTable {
   const int32_t* indices;
   const int32_t* last_page_len;
   int32_t batch_size;
-  int32_t num_indices;            // length of `indices`: positions are clamped to it
-  int32_t num_pages;              // pages in the cache: page numbers are clamped to it
-  int32_t page_size;              // tokens
-  int32_t page_shift;             // log2(page_size), or -1 where it is no power of two
+  int32_t num_indices;  // length of `indices`: positions are clamped to it
+  int32_t num_pages;    // pages in the cache: page numbers are clamped to it
+  int32_t page_size;    // tokens
+  /// token * page_inverse >> 31 + page_shift is token / page_size for every token: 2^(31 + page_shift) / page_size,
+  /// rounded up, with page_shift the log2 of page_size, rounded up
+  uint32_t page_inverse;
+  int32_t page_shift;
   int32_t max_pages_per_request;  // so that a length in tokens fits 31 bits
 };
 

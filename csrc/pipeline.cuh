@@ -37,20 +37,25 @@ struct TileLayout {
 template <typename T>
 class KvPipeline {
  public:
-  FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* ring, Run* runs)
+  /// `rings` and `runs`: of all warps of the block.
+  FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* rings, Run* runs)
       : p_(p),
-        runs_(runs),
-        ring_(ptx::shared_address(ring)),
+        runs_(runs + warp_index() * T::kStages),
+        ring_(ptx::shared_address(rings) + warp_index() * kRingBytes),
+        first_destination_(ptx::shared_address(rings) + threadIdx.x / 32 * kRingBytes +
+                           TileLayout<T>::offset(lane_index() / T::kRowChunks, lane_index() % T::kRowChunks)),
         k_(ptx::opaque(p.k.data + lane_index() % T::kRowChunks * 16)),
         v_(ptx::opaque(p.v.data + lane_index() % T::kRowChunks * 16)),
         policy_(p.levers.stream ? ptx::policy_evict_first() : ptx::policy_evict_normal()) {}
 
   /// Begins a piece of `count` tiles (perhaps none) from `first` on: loads the page numbers of its first stretch and
   /// works out where the rows lie. Before the first issue() the caller loads the next stretch's.
-  FI_PREFETCH_DEVICE void start(const TileCursor<T::kWindow>& first, uint32_t count) {
+  FI_PREFETCH_DEVICE void start(const TileCursor<T::kWindow>& first, uint32_t count, const Request& of_this_lane) {
+    of_this_lane_ = of_this_lane;
     ahead_ = first;
     count_ = count;
     issued_ = stage_to_fill_ = far_tile_ = 0;
+    destination_ = first_destination_;
     stretch_is_done_ = false;
     if (count_ == 0) return;
     load_pages();
@@ -77,9 +82,6 @@ class KvPipeline {
         ptx::prefetch_l2(TileRows::address(p_.v.data, p_.unit_bytes, v_offset_[i]) + byte);
       }
     }
-    if (tiles <= in_stretch || !goes_on()) return;
-    const auto never = [] { return false; };
-    prefetch_head_of_piece<T>(p_, ahead_, min(tiles, count_) - in_stretch, /*evict_last=*/false, never);
   }
 
   /// Starts the load of the second stretch's page numbers, once they are final.
@@ -120,8 +122,8 @@ class KvPipeline {
   FI_PREFETCH_DEVICE uint32_t issued() const { return issued_; }
 
   /// Starts the copies of the next tile, if there is one, into the ring's next stage. RUNS_AHEAD: this call may bring a
-  /// later tile into L2. Those that fill the ring leave it out, for code that lies in the way of a short call costs it
-  /// time even where it does not run (200 instructions: up to 3 % of 8 MB of fp8, H200).
+  /// later tile into L2. The first tile's leaves it out: code in the way of a short call costs it time even where it
+  /// does not run.
   template <bool RUNS_AHEAD = false>
   FI_PREFETCH_DEVICE void issue() {
     if (issued_ >= count_) return;
@@ -138,18 +140,17 @@ class KvPipeline {
     stretch_is_done_ = at_.tile % kStretch == 0 || at_.tile == at_.request.tiles;
     ptx::copy_async_commit();
     stage_to_fill_ = next(stage_to_fill_);
+    destination_ = stage_to_fill_ == 0 ? first_destination_ : destination_ + T::kStageBytes;
   }
 
   /// The run whose first tile is in a stage, or on its way there. The caller passed a warp barrier since its issue().
   FI_PREFETCH_DEVICE const Run& run(uint32_t stage) const { return runs_[stage]; }
 
   /// Waits for the copies of tile `tile` of the piece and of the TILES - 1 after it, and makes them visible to the
-  /// whole warp. Also tells the warp's lanes that all of them are done with the tiles before, whose stages issue()
-  /// fills next.
+  /// whole warp. Also tells the warp's lanes that all of them are done with the tiles before.
   template <int TILES>
   FI_PREFETCH_DEVICE void wait(uint32_t tile) {
-    // At most as many stages as TILES are free, and TILES are waited for.
-    wait_for_all_but<T::kStages - 2 * TILES>(issued_ - tile - TILES);
+    wait_for_all_but<T::kTilesInRing - TILES>(issued_ - tile - TILES);
     __syncwarp();
   }
 
@@ -158,6 +159,8 @@ class KvPipeline {
   FI_PREFETCH_DEVICE static uint32_t next(uint32_t stage) { return stage + 1 == T::kStages ? 0 : stage + 1; }
 
  private:
+  static constexpr uint32_t kRingBytes = T::kStages * T::kStageBytes;
+
   /// Tiles of a request and head whose page numbers are loaded together, from a multiple of kStretch on: kTokens tokens
   /// a lane.
   static constexpr int kTokens = T::kPagesPerLane;
@@ -170,7 +173,13 @@ class KvPipeline {
 
   /// Moves `ahead_` from that stretch to the next one.
   FI_PREFETCH_DEVICE void look_ahead() {
-    if (goes_on()) ahead_.advance(p_, kStretch - at_.tile % kStretch);
+    if (!goes_on()) return;
+    const uint32_t tiles = kStretch - at_.tile % kStretch;
+    if constexpr (T::kFewRequests) {
+      ahead_.advance(p_, tiles, of_this_lane_);
+    } else {
+      ahead_.advance(p_, tiles);
+    }
   }
 
   /// Starts the load of the page numbers of the stretch that `ahead_` is in. They are used several tiles later: with
@@ -213,20 +222,16 @@ class KvPipeline {
     constexpr int kRowsPerCopy = 32 / T::kRowChunks;
     constexpr int kCopies = kTileTokens / kRowsPerCopy;
     const uint32_t lane = lane_index();
-    const uint32_t first_row = lane / T::kRowChunks;
-    const uint32_t chunk = lane % T::kRowChunks;
-    // first_row < kRowsPerCopy, so TileLayout::offset(copy * kRowsPerCopy + first_row, chunk) is this with constants
-    // added and exclusive-ored: one instruction a copy.
-    const uint32_t lane_offset = TileLayout<T>::offset(first_row, chunk);
-    const uint32_t first_lane = at_.tile % 2 * kTileTokens + first_row;
+    const uint32_t first_lane = at_.tile % 2 * kTileTokens + lane / T::kRowChunks;
     const bool upper = kTokens == 2 && at_.tile / 2 % 2 == 1;
     const uint32_t k_offsets = upper ? k_offset_[kTokens - 1] : k_offset_[0];
     const uint32_t v_offsets = upper ? v_offset_[kTokens - 1] : v_offset_[0];
-    const uint32_t stage = tile(stage_to_fill_);
 #pragma unroll
     for (int copy = 0; copy < kCopies; ++copy) {
-      const uint32_t destination = stage + copy * kRowsPerCopy * T::kRowBytes +
-                                   (lane_offset ^ (T::kRowChunks >= 8 ? (copy * kRowsPerCopy % 8) << 4 : 0));
+      // TileLayout::offset() of row copy * kRowsPerCopy + lane / kRowChunks, by constants from the first copy's: a
+      // stage begins where the chunk's bits are 0.
+      const uint32_t destination = (destination_ ^ (T::kRowChunks >= 8 ? (copy * kRowsPerCopy % 8) << 4 : 0)) +
+                                   copy * kRowsPerCopy * T::kRowBytes;
       const uint32_t k_offset = __shfl_sync(kFullWarp, k_offsets, first_lane + copy * kRowsPerCopy);
       ptx::copy_async_16(destination, TileRows::address(k_, p_.unit_bytes, k_offset), policy_);
       const uint32_t v_offset = __shfl_sync(kFullWarp, v_offsets, first_lane + copy * kRowsPerCopy);
@@ -252,6 +257,7 @@ class KvPipeline {
   }
 
   const DecodeParams& p_;
+  Request of_this_lane_{};        // where the batch is of few
   TileCursor<T::kWindow> at_;     // the next tile to issue, unless its stretch is done
   TileCursor<T::kWindow> ahead_;  // in the stretch after it
   int32_t page_[kTokens]{};       // of this lane's tokens of that stretch, as the page table says
@@ -265,6 +271,11 @@ class KvPipeline {
   bool stretch_is_done_ = false;
   Run* runs_;
   uint32_t ring_;
+  /// Where this lane's first chunk of a tile goes, in the ring's first stage and in the one to fill. Not derived from
+  /// ring_, which ptxas knows to be the same in all lanes: ptxas 13.0 then gives a copy both a uniform register for it
+  /// and an L2 policy, an encoding that the GPU refuses as an illegal instruction.
+  uint32_t first_destination_;
+  uint32_t destination_ = 0;
   uint32_t count_ = 0;
   const uint8_t* k_;  // of the chunk that this lane copies of every row
   const uint8_t* v_;

@@ -12,7 +12,7 @@ struct PageSlot {
   uint32_t slot;
 
   FI_PREFETCH_DEVICE PageSlot(const PageTable& table, int32_t token)
-      : page(table.page_shift >= 0 ? token >> table.page_shift : token / table.page_size),
+      : page(static_cast<int32_t>(ptx::wide_product(token, table.page_inverse) >> (31 + table.page_shift))),
         slot(token - page * table.page_size) {}
 };
 

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(256, 1)
     prefetch_kv_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ PrefetchKvParams window) {
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
-  RequestScan<T::kWindow> scan(p, ptx::dynamic_shared_memory());
+  RequestScan<T::kWindow, /*FEW_REQUESTS=*/false> scan(p, ptx::dynamic_shared_memory());
   const Partition partition = cut(p, scan, window.blocks, window.warps);
   const auto give_way = [&] { return p.running != nullptr && ptx::load_relaxed(p.running) > 0; };
   const uint32_t stride = gridDim.x * warps_per_block();

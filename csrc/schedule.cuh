@@ -13,8 +13,10 @@ namespace fi_prefetch {
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
 FI_PREFETCH_DEVICE uint32_t lane_index() { return threadIdx.x % 32; }
-/// A value that is the same in every lane, said so that the compiler knows it, and keeps what hangs on it free of
-/// checks for lanes that went another way.
+/// A value that is the same in every lane, said so that the compiler knows it. It must know it of every branch that
+/// code which is collective over the warp hangs on, loops' ends included: else it adds a path for lanes that went
+/// another way to each shuffle from there on (a quarter of the decode kernel's instructions). A store by one lane alone
+/// inside of a loop is such a branch as well, so all lanes store what is the same.
 template <typename Value>
 FI_PREFETCH_DEVICE Value uniform(Value value) {
   return __shfl_sync(kFullWarp, value, 0);
@@ -115,7 +117,7 @@ struct Location {
 
 /// The requests, and the running sums of their splits. A batch of up to 32 lies in the registers of every warp, one
 /// request a lane, and no warp waits for another; a larger one in shared memory, 32 requests a group.
-template <bool WINDOW>
+template <bool WINDOW, bool FEW_REQUESTS>
 class RequestScan {
  public:
   static __host__ __device__ constexpr uint32_t shared_bytes(uint32_t batch_size) {
@@ -127,7 +129,7 @@ class RequestScan {
   FI_PREFETCH_DEVICE RequestScan(const DecodeParams& p, uint8_t* shared, uint32_t most_tiles = 1) {
     const uint32_t batch_size = p.table.batch_size;
     const uint32_t lane = lane_index();
-    if (batch_size <= 32) {
+    if (FEW_REQUESTS || batch_size <= 32) {
       row_ = load_row(p.table, lane);
       request_ = request_of<WINDOW>(p, row_);
       sum_ = warp_inclusive_sum(split_count(request_.tiles, most_tiles));
@@ -148,7 +150,7 @@ class RequestScan {
       sums_[r] = warp_inclusive_sum(split_count(request.tiles, most_tiles));
       empty |= r < batch_size && request.tiles == 0;
     }
-    some_empty_ = __syncthreads_or(empty);
+    some_empty_ = uniform(__syncthreads_or(empty));
     uint32_t sum = 0, longest = 0;
     for (uint32_t group = lane; group < groups_; group += 32) sum += sums_[group * 32 + 31];
     for (uint32_t group = 0; group < groups_; ++group) longest = max(longest, requests_[group * 32 + lane].tiles);
@@ -158,13 +160,13 @@ class RequestScan {
 
   /// Whether changed() can tell: it compares what is still in registers, for the shared memory is soon in use.
   static FI_PREFETCH_DEVICE bool can_compare(const DecodeParams& p) {
-    return static_cast<uint32_t>(p.table.batch_size) <= 32 * warps_per_block();
+    return FEW_REQUESTS || static_cast<uint32_t>(p.table.batch_size) <= 32 * warps_per_block();
   }
 
   /// Starts loading the page table again, for changed(). After the dependency wait, so that L1, which the first reading
   /// went past, may serve all warps of an SM: see WarpAttention::load_query.
   FI_PREFETCH_DEVICE void read_again(const DecodeParams& p) {
-    const uint32_t r = groups_ == 0 ? lane_index() : threadIdx.x;
+    const uint32_t r = in_shared_memory() ? threadIdx.x : lane_index();
     row_again_ = {0, 0, 0};
     if (r < static_cast<uint32_t>(p.table.batch_size)) {
       row_again_ = {__ldca(p.table.indptr + r), __ldca(p.table.indptr + r + 1), __ldca(p.table.last_page_len + r)};
@@ -178,10 +180,12 @@ class RequestScan {
     const TableRow now = {ptx::opaque(row_again_.begin), ptx::opaque(row_again_.end),
                           ptx::opaque(row_again_.last_page_len)};
     const bool differs = or_else || now != row_;
-    return groups_ == 0 ? __any_sync(kFullWarp, differs) : __syncthreads_or(differs);
+    return in_shared_memory() ? uniform(__syncthreads_or(differs)) : __any_sync(kFullWarp, differs);
   }
 
-  FI_PREFETCH_DEVICE bool in_shared_memory() const { return groups_ > 0; }
+  FI_PREFETCH_DEVICE bool in_shared_memory() const { return !FEW_REQUESTS && groups_ > 0; }
+  /// Of a batch of at most 32.
+  FI_PREFETCH_DEVICE const Request& of_this_lane() const { return request_; }
   FI_PREFETCH_DEVICE bool some_request_is_empty() const { return some_empty_; }
   /// Splits of one kv head over all requests.
   FI_PREFETCH_DEVICE uint32_t total() const { return total_; }
@@ -193,14 +197,14 @@ class RequestScan {
     uint32_t sum = 0;
     uint32_t group = 0;
     do {
-      const uint32_t tiles = groups_ == 0 ? request_.tiles : requests_[group * 32 + lane_index()].tiles;
+      const uint32_t tiles = in_shared_memory() ? requests_[group * 32 + lane_index()].tiles : request_.tiles;
       sum += small_quotient(tiles + most_tiles - 1, most_tiles);
-    } while (++group < groups_);
+    } while (in_shared_memory() && ++group < groups_);
     return __reduce_add_sync(kFullWarp, sum);
   }
   /// From now on the line is one of these. Collective over the block.
   FI_PREFETCH_DEVICE void cut_again(uint32_t most_tiles) {
-    if (groups_ == 0) {
+    if (!in_shared_memory()) {
       sum_ = warp_inclusive_sum(small_quotient(request_.tiles + most_tiles - 1, most_tiles));
       return;
     }
@@ -217,7 +221,7 @@ class RequestScan {
     const uint32_t lane = lane_index();
     uint32_t before = 0;  // splits a head of the requests before the group
     uint32_t group = 0;
-    if (groups_ > 0) {
+    if (in_shared_memory()) {
       for (uint32_t first = 0; first < groups_; first += 32) {
         const uint32_t splits = first + lane < groups_ ? sums_[(first + lane) * 32 + 31] : 0;
         const uint32_t sum = warp_inclusive_sum(splits);
@@ -280,16 +284,24 @@ struct Partition {
 
   FI_PREFETCH_DEVICE uint32_t begin(uint32_t j) const { return j >= workers ? tiles : __umulhi(tiles, j * share); }
 
-  /// The worker whose piece holds `tile`: the last one that begins at it or before. A float guess, then exact.
-  FI_PREFETCH_DEVICE uint32_t owner(uint32_t tile) const {
-    const float guess =
-        static_cast<float>(tile + 1) * __fdividef(static_cast<float>(workers), static_cast<float>(tiles));
-    uint32_t j = min(static_cast<uint32_t>(guess), workers - 1);
+  /// Of every `stride`-th worker, in units of the stride: the last one up to `from` that begins at `tile` or before.
+  /// 32 candidates a step, one a lane: nearly always one step, and no division. Collective over the warp.
+  FI_PREFETCH_DEVICE uint32_t last_at_or_before(uint32_t tile, uint32_t from, uint32_t stride) const {
+    const uint32_t lane = lane_index();
 #pragma unroll 1
-    while (begin(j) > tile) --j;
+    for (;; from -= 32) {
+      const uint32_t hits = __ballot_sync(kFullWarp, lane <= from && begin((from - lane) * stride) <= tile);
+      if (hits != 0) return from - (__ffs(hits) - 1);
+    }
+  }
+  /// The last one from `from` on that begins before `tile`; `from` does.
+  FI_PREFETCH_DEVICE uint32_t last_before(uint32_t tile, uint32_t from, uint32_t stride) const {
+    const uint32_t lane = lane_index();
 #pragma unroll 1
-    while (begin(j + 1) <= tile) ++j;
-    return j;
+    for (;; from += 32) {
+      const uint32_t misses = __ballot_sync(kFullWarp, begin((from + lane + 1) * stride) >= tile);
+      if (misses != 0) return from + __ffs(misses) - 1;
+    }
   }
 };
 
@@ -335,9 +347,9 @@ struct WholePieces {
 /// How work is cut into whole pieces, if they need not be much longer for that than those that are cut anywhere and
 /// have up to `piece` tiles. To go over to another request or head costs a warp 1.3 us (H200), and in the end all
 /// others wait for it. Collective over the warp.
-template <bool WINDOW>
-FI_PREFETCH_DEVICE WholePieces whole_pieces(const DecodeParams& p, const RequestScan<WINDOW>& scan, uint32_t blocks,
-                                            uint32_t warps, uint32_t piece) {
+template <typename Scan>
+FI_PREFETCH_DEVICE WholePieces whole_pieces(const DecodeParams& p, const Scan& scan, uint32_t blocks, uint32_t warps,
+                                            uint32_t piece) {
   const uint32_t heads = p.num_kv_heads, workers = blocks * warps;
   if (piece == 1 || static_cast<uint64_t>(p.table.batch_size) * heads > workers) return {};
   const uint32_t longest = piece + min(max(piece / 8, 1u), 4u);
@@ -364,8 +376,8 @@ FI_PREFETCH_DEVICE bool reads_abreast(uint32_t tiles, uint32_t warps, uint32_t l
 /// whole where requests differ and they can be (equal ones mostly end with a piece anyhow). Where kv heads are read
 /// abreast, a worker is 2^abreast_log2 neighbouring warps, and the line that of a head in as many: warp w has the heads
 /// that leave w. Every block that works gets a tile at least. Collective over the block.
-template <bool WINDOW>
-FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, RequestScan<WINDOW>& scan, uint32_t blocks, uint32_t warps) {
+template <typename Scan>
+FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, Scan& scan, uint32_t blocks, uint32_t warps) {
   const uint32_t tiles = scan.total() * p.num_kv_heads;
   const uint32_t min_tiles =
       p.min_tiles_per_warp > 0 ? p.min_tiles_per_warp : default_min_tiles(tiles, blocks, warps, scan.longest());
@@ -399,8 +411,9 @@ struct TileCursor {
   TileCursor() = default;
   /// At tile (or split, of which the cursor's tile is the number then) `position` of the line of warp number `warp`.
   /// Collective over the warp.
-  FI_PREFETCH_DEVICE TileCursor(const DecodeParams& p, const Partition& partition, RequestScan<WINDOW>& scan,
-                                uint32_t position, uint32_t warp)
+  template <typename Scan>
+  FI_PREFETCH_DEVICE TileCursor(const DecodeParams& p, const Partition& partition, Scan& scan, uint32_t position,
+                                uint32_t warp)
       : head_step(1u << partition.abreast_log2) {
     const Location at = scan.locate(position, p.num_kv_heads >> partition.abreast_log2);
     request = at.request;
@@ -415,16 +428,29 @@ struct TileCursor {
 
   /// `tiles` on, but at most to the first tile of its next kv head or request. The caller knows that there is one.
   FI_PREFETCH_DEVICE void advance(const DecodeParams& p, uint32_t tiles = 1) {
-    tile += tiles;
-    if (tile < request.tiles) return;
-    tile = 0;
-    head += head_step;
-    if (head < static_cast<uint32_t>(p.num_kv_heads)) return;
-    head &= head_step - 1;
-    next_request(p);
+    if (leaves_request(p, tiles)) next_request(p);
+  }
+  /// The same in a batch of at most 32 requests, of which this lane has one.
+  FI_PREFETCH_DEVICE void advance(const DecodeParams& p, uint32_t tiles, const Request& of_this_lane) {
+    if (!leaves_request(p, tiles)) return;
+    const bool follows = lane_index() > request_index && of_this_lane.tiles > 0;
+    const int hit = __ffs(__ballot_sync(kFullWarp, follows)) - 1;
+    if (hit < 0) return;  // a table that was still being written
+    request_index = hit;
+    request = of_this_lane.of_lane(hit);
   }
 
  private:
+  FI_PREFETCH_DEVICE bool leaves_request(const DecodeParams& p, uint32_t tiles) {
+    tile += tiles;
+    if (tile < request.tiles) return false;
+    tile = 0;
+    head += head_step;
+    if (head < static_cast<uint32_t>(p.num_kv_heads)) return false;
+    head &= head_step - 1;
+    return true;
+  }
+
   /// To the next request that has tiles: 32 candidates a step, one a lane.
   FI_PREFETCH_DEVICE void next_request(const DecodeParams& p) {
     const uint32_t batch_size = p.table.batch_size;
@@ -451,8 +477,8 @@ struct Piece {
 
   Piece() = default;
   /// The piece of warp number `warp`. Collective over the warp.
-  FI_PREFETCH_DEVICE Piece(const DecodeParams& p, const Partition& partition, RequestScan<WINDOW>& scan,
-                           uint32_t warp) {
+  template <typename Scan>
+  FI_PREFETCH_DEVICE Piece(const DecodeParams& p, const Partition& partition, Scan& scan, uint32_t warp) {
     const uint32_t worker = warp >> partition.abreast_log2;
     begin = partition.begin(worker);
     count = partition.begin(worker + 1) - begin;

@@ -18,7 +18,7 @@ enum class Position : int { kNone = 0, kRope = 1, kAlibi = 2 };
 /// Q, Kv, O: element types in memory. ROW_TILES: query rows of a kv head (group_size * q_len) in units of 8, the N of
 /// the tensor cores' product. WINDOW, SOFT_CAP and POSITION leave their arithmetic out where a model has none.
 template <typename Q_, typename Kv_, typename O_, int HEAD_DIM_, int ROW_TILES_, int STAGES_, bool WINDOW_,
-          bool SOFT_CAP_, Position POSITION_ = Position::kNone>
+          bool SOFT_CAP_, Position POSITION_ = Position::kNone, bool FEW_REQUESTS_ = false>
 struct DecodeTraits {
   using Q = Q_;
   using Kv = Kv_;
@@ -30,6 +30,10 @@ struct DecodeTraits {
   static constexpr bool kSoftCap = SOFT_CAP_;
   static constexpr bool kRope = POSITION_ == Position::kRope;
   static constexpr bool kAlibi = POSITION_ == Position::kAlibi;
+
+  /// A batch of at most 32 requests, one a lane. Without the code for more a short call waits less for its
+  /// instructions, which come from HBM where other kernels' weights passed through L2 in between.
+  static constexpr bool kFewRequests = FEW_REQUESTS_;
 
   static constexpr bool kFp8 = sizeof(Kv) == 1;
   /// The types of the products. fp8 becomes half, which holds every e4m3 and e5m2 number and keeps three more bits of P
@@ -46,6 +50,10 @@ struct DecodeTraits {
   /// tile of few bytes costs more time in dependent instructions than on its way. Turned keys leave no registers for
   /// it.
   static constexpr bool kTakesTwo = kStages >= 6 && !kRope;
+  /// Tiles in the ring, the one at hand included. One stage stays empty where tiles are large: with three of 8 KB on
+  /// their way to each of eight warps the SM takes no more copies, and a warp that waits to start one cannot compute (3
+  /// % of 34 MB in pieces of four tiles, 8 % of 69 MB in pieces that go over from one request to another; H200).
+  static constexpr int kTilesInRing = kTakesTwo ? kStages : kStages - 1;
   /// Tokens of a stretch of tiles whose page numbers a lane looks up: see KvPipeline. Two where there are registers for
   /// it, so that the ring is filled without a second trip to L2.
   static constexpr int kPagesPerLane = kRowTiles == 1 && !kRope ? 2 : 1;

@@ -304,7 +304,7 @@ def _demo_on_cpu(compile_kernels: bool) -> None:
             for found in cpu.compile_variant(variant):
                 label = variant.name.removeprefix("fi_prefetch_batch_decode_")
                 resources.append((label, found.kernel, str(found.registers), str(found.spill_bytes)))
-    title = f"What the compiler reports for {cpu.ARCHITECTURE}"
+    title = f"What the compiler reports for {cpu.ARCHITECTURE}, a decode kernel by its most rows and requests"
     console.print(table_of(title, ("variant", "kernel", "registers", "spilled bytes"), resources))
 
 

@@ -26,7 +26,7 @@ from .decision import Decision, decide, kernel_for, on_device, workspace_size
 from .dispatch import DecodeSpec, KernelChoice
 from .launch import Call, host_number, run_kernel, run_reference
 from .planned_module import PlannedModule
-from .prefetch import READY_CODES, LaunchFacts, PrefetchPlan, PrefetchPolicy, resolve
+from .prefetch import READY_CODES, LaunchFacts, PrefetchPlan, PrefetchPolicy, resolve, stretch_tiles
 
 logger = logging.getLogger("fi_prefetch")
 
@@ -208,6 +208,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
 
     def _resolve_prefetch(self, pdl: bool) -> PrefetchPlan:
         decision, facts = self._decision, device.facts(self.device)
+        spec = decision.spec
         launch = LaunchFacts(
             blocks=decision.blocks,
             warps=decision.warps,
@@ -217,8 +218,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             l2_bytes=facts.l2_bytes,
             sm_count=facts.sm_count,
             ready=self._ready,
-            batch_size=decision.spec.batch_size,
-            fixed_split=decision.spec.split_tokens is not None,
+            batch_size=spec.batch_size,
+            fixed_split=spec.split_tokens is not None,
+            stretch_tiles=stretch_tiles(spec.query_rows, spec.pos_encoding_mode == "ROPE_LLAMA"),
         )
         return resolve(self._policy, launch, pdl)
 

@@ -58,6 +58,11 @@ class DecodeSpec(NamedTuple):
     def group_size(self) -> int:
         return self.num_qo_heads // self.num_kv_heads
 
+    @property
+    def query_rows(self) -> int:
+        """Of a kv head."""
+        return self.group_size * self.q_len_per_req
+
     def variant(self) -> Variant:
         """The compiled module that serves this."""
         return Variant(
@@ -130,11 +135,10 @@ def _obstacle(spec: DecodeSpec, facts: GpuFacts) -> str | None:
         return f"the page table is {spec.dtype_index}, not int32"
     if spec.head_dim not in HEAD_DIMS:
         return f"head_dim {spec.head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
-    rows = spec.group_size * spec.q_len_per_req
-    if rows > MAX_QUERY_ROWS:
+    if spec.query_rows > MAX_QUERY_ROWS:
         return (
-            f"{spec.group_size} query heads a kv head times {spec.q_len_per_req} query tokens a request are {rows} "
-            f"rows, more than {MAX_QUERY_ROWS}"
+            f"{spec.group_size} query heads a kv head times {spec.q_len_per_req} query tokens a request are "
+            f"{spec.query_rows} rows, more than {MAX_QUERY_ROWS}"
         )
     if spec.pos_encoding_mode == "ALIBI" and spec.logits_soft_cap > 0:
         # FlashInfer's kernel multiplies the logits with sm_scale twice here; whoever asks for it gets that.

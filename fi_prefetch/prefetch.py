@@ -36,7 +36,9 @@ class PrefetchPolicy:
     Attributes:
         run_ahead: tiles beyond a warp's pipeline to prefetch into L2 in the main loop, once the pipeline is full;
             "auto" chooses.
-        prologue: tiles a warp prefetches into L2 before it waits for the kernel before it; "auto" chooses.
+        prologue: tiles a warp prefetches into L2 before it waits for the kernel before it; "auto" chooses. Never more
+            than it knows the page numbers of by then: four where a kv head has at most eight query rows and positions
+            are not rotary, else two.
         early_load: start real loads before that wait, where the wrapper's `ready` promises that this is safe, and
             leave the prologue out; "auto" does so where the kernel finds that a warp has little to read.
         streaming_hint: load KV so that it leaves L2 first; "auto" does so.
@@ -136,6 +138,16 @@ _FORMAT = (
 )
 
 
+def stretch_tiles(query_rows: int, rotary: bool) -> int:
+    """Tiles whose page numbers a warp loads at once: csrc/pipeline.cuh's KvPipeline::kStretch.
+
+    Args:
+        query_rows: of a kv head, group size times query tokens a request.
+        rotary: whether the kernel encodes rotary positions.
+    """
+    return 4 if query_rows <= 8 and not rotary else 2
+
+
 class LaunchFacts(NamedTuple):
     """One launch, as far as prefetching cares.
 
@@ -147,7 +159,9 @@ class LaunchFacts(NamedTuple):
         l2_bytes, sm_count: of the GPU.
         ready: what the wrapper's user promises is final when the kernel starts.
         batch_size: requests.
-        fixed_split: whether it is the batch-invariant kernel, which starts with the dependency wait.
+        fixed_split: whether it is the batch-invariant kernel, which starts with the dependency wait and brings
+            nothing into L2 ahead.
+        stretch_tiles: tiles whose page numbers a warp loads at once, and so the most that a prologue reaches.
     """
 
     blocks: int
@@ -160,6 +174,7 @@ class LaunchFacts(NamedTuple):
     ready: str = "nothing"
     batch_size: int = 1
     fixed_split: bool = False
+    stretch_tiles: int = 4
 
     @property
     def guesses(self) -> bool:
@@ -208,8 +223,8 @@ class PrefetchPlan:
 def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPlan:
     """The plan a policy becomes for one launch, with programmatic dependent launch or without.
 
-    Asked-for distances shrink to what the budget and the work allow: no warp prefetches more tiles than it will read.
-    Run-ahead gives way before the prologue does.
+    Asked-for distances shrink to what the budget and the work allow: no warp prefetches more tiles than it will read,
+    and before the wait no more than it knows the pages of. Run-ahead gives way before the prologue does.
     """
     budget = budget_bytes(policy.l2_budget, facts.l2_bytes)
     tile_of_every_warp = facts.blocks * facts.warps * facts.tile_bytes
@@ -224,10 +239,11 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
 
     early_load, why_early_load = _resolve_early_load(policy, facts, pdl)
     asked, why = _asked_prologue(policy, facts, pdl)
-    prologue = min(asked, affordable, tiles_per_warp)
-    reasons = [f"prologue {prologue}: {why}" + (f", {limits}" if prologue < asked else "")]
+    prologue = min(asked, affordable, tiles_per_warp, facts.stretch_tiles)
+    reach = f"before the wait a warp knows the pages of {facts.stretch_tiles}"
+    reasons = [f"prologue {prologue}: {why}" + (f", {limits}; {reach}" if prologue < asked else "")]
 
-    asked, why = _asked_run_ahead(policy, in_flight)
+    asked, why = _asked_run_ahead(policy, facts, in_flight)
     run_ahead = max(0, min(asked, affordable - prologue, tiles_per_warp - facts.stages))
     reasons.append(f"run-ahead {run_ahead}: {why}" + (f", {limits}" if run_ahead < asked else ""))
 
@@ -253,6 +269,7 @@ def resolve(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> PrefetchPl
 
 
 _STARTS_WITH_THE_WAIT = "the batch-invariant kernel starts with the dependency wait"
+_BRINGS_NOTHING_AHEAD = "the batch-invariant kernel brings nothing into L2 ahead"
 
 
 def _kv_text(facts: LaunchFacts) -> str:
@@ -276,7 +293,9 @@ def _asked_prologue(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> tu
     return PROLOGUE_TILES, f"{kv} is at most {PROLOGUE_KV_BYTES // MIB} MiB, the first tiles' latency shows"
 
 
-def _asked_run_ahead(policy: PrefetchPolicy, in_flight: int) -> tuple[int, str]:
+def _asked_run_ahead(policy: PrefetchPolicy, facts: LaunchFacts, in_flight: int) -> tuple[int, str]:
+    if facts.fixed_split:
+        return 0, _BRINGS_NOTHING_AHEAD
     if policy.run_ahead != "auto":
         return policy.run_ahead, "the policy says so"
     # Measured from 24 to 192 KiB in flight an SM, on 132 and on 80 SMs of an H200 (map.json): it never pays.

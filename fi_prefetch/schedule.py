@@ -48,15 +48,6 @@ class Partition:
         share = -(-(1 << 32) // self.workers)  # of the line, in 2^-32; the kernel divides no further
         return self.tiles * (j * share % (1 << 32)) >> 32
 
-    def owner(self, tile: int) -> int:
-        """The worker whose piece holds `tile`."""
-        if not 0 <= tile < self.tiles:
-            raise ValueError(f"tile: expected 0 to {self.tiles - 1}, got {tile}")
-        j = ((tile + 1) * self.workers - 1) // self.tiles
-        while self.begin(j) > tile:
-            j -= 1
-        return j
-
 
 def default_min_tiles(tiles: int, blocks: int, warps: int, longest_request: int) -> int:
     """Tiles that the kernel gives a warp at least: by all tiles, the grid, and the tiles of the longest request."""

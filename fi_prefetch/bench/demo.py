@@ -133,11 +133,13 @@ def parse_resources(ptxas: str) -> list[KernelResources]:
 
 
 def kernel_name(mangled: str) -> str:
-    """The kernel in a mangled name, and for how many query rows a kv head it is, where the name says so."""
+    """The kernel in a mangled name; a decode kernel with the most query rows (a kv head) and requests it is for."""
     kernel = re.search(r"\d+([a-z_]+_kernel)", mangled)
-    rows = re.search(r"Li(?:64|128|256)ELi(\d)E", mangled)
     name = kernel[1] if kernel else mangled
-    return f"{name}, up to {8 * int(rows[1])} query rows" if rows and name == "decode_kernel" else name
+    size = re.search(r"Li(?:64|128|256)ELi(\d)E.*PositionE\dELb([01])E", mangled)
+    if size is None or name != "decode_kernel":
+        return name
+    return f"{name}, {8 * int(size[1])} rows, {'32' if size[2] == '1' else 'more'} requests"
 
 
 def has_nvcc() -> bool:

@@ -10,7 +10,7 @@ import fi_prefetch
 from fi_prefetch import dispatch
 from fi_prefetch.device import GpuFacts, describe
 from fi_prefetch.dispatch import DecodeSpec, KernelChoice
-from fi_prefetch.prefetch import LaunchFacts, PrefetchPlan, PrefetchPolicy, resolve
+from fi_prefetch.prefetch import LaunchFacts, PrefetchPlan, PrefetchPolicy, resolve, stretch_tiles
 from fi_prefetch.schedule import Schedule
 from fi_prefetch.tune import grid_for, rules_for
 
@@ -108,6 +108,7 @@ def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -
         sm_count=facts.sm_count,
         ready=ready,
         batch_size=len(shape.lengths),
+        stretch_tiles=stretch_tiles(shape.group, rotary=False),
     )
     return Explanation(choice, schedule, resolve(policy, launch, pdl=True), assumed=True)
 

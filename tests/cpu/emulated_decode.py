@@ -22,9 +22,10 @@ SOURCE = r"""
 #include "fixed_split.cuh"
 #include "prefetch_kv.cuh"
 using namespace fi_prefetch;
-using T =
-    DecodeTraits<TEST_Q, TEST_KV, TEST_O, TEST_HEAD_DIM, TEST_ROW_TILES, TEST_STAGES, TEST_WINDOW, TEST_SOFT_CAP,
-                 Position{TEST_POSITION}>;
+template <bool FEW_REQUESTS>
+using Traits = DecodeTraits<TEST_Q, TEST_KV, TEST_O, TEST_HEAD_DIM, TEST_ROW_TILES, TEST_STAGES, TEST_WINDOW,
+                            TEST_SOFT_CAP, Position{TEST_POSITION}, FEW_REQUESTS>;
+using T = Traits<false>;
 
 static KvTensor tensor(const uint8_t* data, const int64_t* strides) {
   return {data, uint32_t(strides[0]), uint32_t(strides[1]), uint32_t(strides[2])};
@@ -38,8 +39,11 @@ static DecodeParams params(const void* q, void* o, float* lse, const float* sink
   p.o = o; p.lse = lse; p.sinks = sinks;
   p.k = tensor(k, n + 2); p.v = tensor(v, n + 5);
   p.unit_bytes = n[8]; p.contiguous_tokens = n[9];
+  int32_t page_shift = 0;
+  while (int64_t{1} << page_shift < n[13]) ++page_shift;
   p.table = {indptr, indices, last_page_len, int32_t(n[10]), int32_t(n[11]), int32_t(n[12]), int32_t(n[13]),
-             int32_t(n[14]), int32_t(0x7fffffff / n[13])};
+             uint32_t(((uint64_t{1} << (31 + page_shift)) + n[13] - 1) / n[13]), page_shift,
+             int32_t(0x7fffffff / n[13])};
   p.num_qo_heads = n[15]; p.num_kv_heads = n[16]; p.group_size = n[15] / n[16];
   p.group_inverse = 65536 / p.group_size + 1;
   p.q_len = n[17];
@@ -59,7 +63,8 @@ EMULATOR_EXPORT const char* decode(const void* q, void* o, float* lse, const flo
   uint32_t bytes = SharedMemory<T>::bytes(warps, p.group_size * p.q_len);
   return emulator::launch({.grid = dim3(blocks), .block = dim3(32 * warps), .shared_bytes = bytes,
                            .seed = uint64_t(seed), .resident_blocks = int(resident),
-                           .dependencies_end = dependencies_end}, decode_kernel<T>, p);
+                           .dependencies_end = dependencies_end},
+                          p.table.batch_size <= 32 ? decode_kernel<Traits<true>> : decode_kernel<T>, p);
 }
 
 EMULATOR_EXPORT const char* fixed_split(const void* q, void* o, float* lse, const float* sinks, const uint8_t* k,
@@ -82,7 +87,7 @@ EMULATOR_EXPORT const char* prefetch_kv(const void* q, void* o, float* lse, cons
                                         int64_t tiles, int64_t evict_last, int64_t own_blocks) {
   const DecodeParams p = params(q, o, lse, sinks, k, v, indptr, indices, last_page_len, partials, counters, n, x);
   return emulator::launch({.grid = dim3(own_blocks), .block = dim3(256),
-                           .shared_bytes = RequestScan<T::kWindow>::shared_bytes(p.table.batch_size),
+                           .shared_bytes = RequestScan<T::kWindow, false>::shared_bytes(p.table.batch_size),
                            .seed = uint64_t(seed), .resident_blocks = 2},
                           prefetch_kv_kernel<T>, p, PrefetchKvParams{uint32_t(blocks), uint32_t(warps), uint32_t(tiles),
                                                                      int32_t(evict_last)});

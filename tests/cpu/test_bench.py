@@ -1090,17 +1090,23 @@ def test_every_kernel_is_profiled_without_prefetch_and_with() -> None:
 def test_compiler_reports_are_read() -> None:
     output = (
         "ptxas info    : Compiling entry function '_ZN11fi_prefetch18prefetch_kv_kernelINS_12DecodeTraitsI13__nv_"
-        "bfloat16S2_S2_Li128ELi1ELi3ELb0ELb0EEEEEv' for 'sm_90a'\n"
+        "bfloat16S2_S2_Li128ELi1ELi3ELb0ELb0ELNS_8PositionE0ELb0EEEEEvNS_12DecodeParamsENS_16PrefetchKvParamsE' for "
+        "'sm_90a'\n"
         "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
         "ptxas info    : Used 37 registers, used 1 barriers\n"
         "ptxas info    : Compiling entry function '_ZN11fi_prefetch13decode_kernelINS_12DecodeTraitsI13__nv_bfloat16"
-        "S2_S2_Li128ELi2ELi3ELb0ELb0EEEEEvNS_12DecodeParamsE' for 'sm_90a'\n"
+        "S2_S2_Li128ELi2ELi3ELb0ELb0ELNS_8PositionE0ELb0EEEEEvNS_12DecodeParamsE' for 'sm_90a'\n"
         "    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n"
         "ptxas info    : Used 220 registers, used 1 barriers\n"
+        "ptxas info    : Compiling entry function '_ZN11fi_prefetch13decode_kernelINS_12DecodeTraitsI13__nv_bfloat16"
+        "S2_S2_Li128ELi1ELi3ELb0ELb0ELNS_8PositionE1ELb1EEEEEvNS_12DecodeParamsE' for 'sm_90a'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 180 registers, used 1 barriers\n"
     )
     assert demo.parse_resources(output) == [
         demo.KernelResources("prefetch_kv_kernel", 37, 0),
-        demo.KernelResources("decode_kernel, up to 16 query rows", 220, 20),
+        demo.KernelResources("decode_kernel, 16 rows, more requests", 220, 20),
+        demo.KernelResources("decode_kernel, 8 rows, 32 requests", 180, 0),
     ]
 
 

@@ -12,6 +12,7 @@ from emulated_decode import make_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fi_prefetch.prefetch import stretch_tiles
 from fi_prefetch.schedule import reads_abreast
 
 BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
@@ -291,6 +292,21 @@ def test_no_lever_changes_a_bit(levers, hnd):
     assert torch.equal(o, off) and torch.equal(lse, off_lse)
     if levers[0] or levers[1]:
         assert emulated.emulator.statistics(lib)["prefetches"] > 0
+
+
+@pytest.mark.parametrize("position", ["NONE", "ROPE_LLAMA"])
+@pytest.mark.parametrize("rows", [8, 9])
+def test_the_prologue_reaches_as_far_as_the_plan_says(rows, position):
+    asked = {}
+    for tiles in (0, 1, 2, 3, 4, 100):
+        levers = (0, tiles, 0, 0, 0)
+        problem = make_problem([300], heads_q=rows, position=position, levers=levers, blocks=1, warps=1)
+        asked[tiles] = emulated.emulator.statistics(emulated.run(problem)[2])["prefetches"]
+    lines_of_a_tile = 2 * 16 * 2  # K and V, rows, lines of a row
+    reach = stretch_tiles(rows, position == "ROPE_LLAMA")
+    assert {tiles: (n - asked[0]) / lines_of_a_tile for tiles, n in asked.items()} == {
+        tiles: min(tiles, reach) for tiles in asked
+    }
 
 
 @pytest.mark.parametrize("levers", [(0, 0, 0, 0, 0), (0, 2, 0, 0, 0), (2, 3, 0, 0, 1)])

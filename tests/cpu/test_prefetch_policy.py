@@ -18,6 +18,7 @@ from fi_prefetch.prefetch import (
     PrefetchPolicy,
     budget_bytes,
     resolve,
+    stretch_tiles,
 )
 
 tiles = st.one_of(st.just("auto"), st.integers(0, 1000))
@@ -42,6 +43,7 @@ launches = st.builds(
     ready=st.sampled_from(sorted(READY_CODES)),
     batch_size=st.integers(1, 600),
     fixed_split=st.booleans(),
+    stretch_tiles=st.sampled_from([2, 4]),
 )
 H100 = LaunchFacts(132, 8, 3, 8192, 32 * MIB, 50 * MIB, 132)
 
@@ -54,11 +56,12 @@ def test_never_over_budget(policy, launch, pdl):
     assert plan.run_ahead >= 0 and plan.prologue >= 0
 
 
-@pytest.mark.xfail(strict=True, reason="the plan names a run-ahead that the batch-invariant kernel does not do")
 def test_no_run_ahead_with_fixed_splits():
     asked = PrefetchPolicy(run_ahead=1)
     assert resolve(asked, H100._replace(kv_bytes=1 << 33), pdl=True).run_ahead == 1
-    assert resolve(asked, H100._replace(kv_bytes=1 << 33, fixed_split=True), pdl=True).run_ahead == 0
+    plan = resolve(asked, H100._replace(kv_bytes=1 << 33, fixed_split=True), pdl=True)
+    assert plan.run_ahead == 0
+    assert "run-ahead 0: the batch-invariant kernel brings nothing into L2 ahead" in plan.reason
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 40))
@@ -67,7 +70,7 @@ def test_run_ahead_has_what_the_prologue_leaves_of_the_budget(affordable, prolog
     budget = affordable * much.blocks * much.warps * much.tile_bytes
     policy = PrefetchPolicy(run_ahead, prologue, l2_budget=budget)
     plan = resolve(policy, much._replace(l2_bytes=2 * budget), pdl=True)
-    assert plan.prologue == min(prologue, affordable)
+    assert plan.prologue == min(prologue, affordable, much.stretch_tiles)
     assert plan.run_ahead == min(run_ahead, affordable - plan.prologue)
 
 
@@ -85,6 +88,20 @@ def test_never_more_than_there_is(policy, launch, pdl):
     tiles_of_a_warp = -(-launch.kv_bytes // (launch.blocks * launch.warps * launch.tile_bytes))
     assert plan.prologue <= tiles_of_a_warp
     assert plan.run_ahead <= max(0, tiles_of_a_warp - launch.stages)
+    assert plan.prologue <= launch.stretch_tiles
+
+
+@pytest.mark.parametrize(
+    ("query_rows", "rotary", "tiles"), [(1, False, 4), (8, False, 4), (9, False, 2), (16, True, 2), (8, True, 2)]
+)
+def test_no_prologue_beyond_the_page_numbers_that_are_known(query_rows, rotary, tiles):
+    much = H100._replace(kv_bytes=1 << 33, stretch_tiles=stretch_tiles(query_rows, rotary))
+    asked = PrefetchPolicy(prologue=5, l2_budget=1.0)
+    plan = resolve(asked, much, pdl=True)
+    assert plan.prologue == tiles
+    assert f"before the wait a warp knows the pages of {tiles}" in plan.reason
+    within = resolve(PrefetchPolicy(prologue=tiles, l2_budget=1.0), much, pdl=True)
+    assert within.prologue == tiles and "before the wait" not in within.reason
 
 
 @given(policies, launches, st.booleans(), st.integers(0, 1 << 32), st.integers(0, 1 << 32))
@@ -104,16 +121,17 @@ def test_nothing_before_a_wait_that_is_not_there(policy, launch):
 
 
 @given(policies, launches, st.booleans())
-def test_nothing_before_the_wait_with_fixed_splits(policy, launch, pdl):
+def test_fixed_splits_bring_nothing_into_l2(policy, launch, pdl):
     plan = resolve(policy, launch._replace(fixed_split=True), pdl)
     assert plan.prologue == 0 and not plan.early_load
     if pdl:
         assert "prologue 0: the batch-invariant kernel starts with the dependency wait" in plan.reason
         if policy.early_load:
             assert "early load off: the batch-invariant kernel starts with the dependency wait" in plan.reason
-    # The others are what they are without.
+    assert plan.run_ahead == plan.demand_bytes == 0
+    # The hint is what it is without.
     without = resolve(policy, launch._replace(fixed_split=False), pdl)
-    assert plan.streaming_hint == without.streaming_hint and plan.run_ahead >= without.run_ahead
+    assert plan.streaming_hint == without.streaming_hint
 
 
 @given(policies, launches, st.booleans())
@@ -209,7 +227,8 @@ def test_reasons_have_numbers():
     by_the_kernel = "early load on: instead of the prologue where a warp has at most 4 tiles"
     assert by_the_kernel in resolve(PrefetchPolicy(), promise, pdl=True).reason
     cut = resolve(PrefetchPolicy(prologue=9), H100, pdl=True)
-    assert cut.prologue == 3 and "prologue 3: the policy says so, budget 25.00 MiB is 3 tiles a warp" in cut.reason
+    limits = "budget 25.00 MiB is 3 tiles a warp; a warp reads at most 4; before the wait a warp knows the pages of 4"
+    assert cut.prologue == 3 and f"prologue 3: the policy says so, {limits}" in cut.reason
 
 
 def test_empty_batch():

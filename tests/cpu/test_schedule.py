@@ -25,19 +25,6 @@ def test_pieces_differ_by_one_tile(tiles, workers):
         assert tiles // workers <= partition.begin(j + 1) - partition.begin(j) <= -(-tiles // workers)
 
 
-@given(tiles=st.integers(1, 2**31), workers=st.integers(1, 8192), part=st.floats(0, 1, exclude_max=True))
-def test_owner_is_the_worker_whose_piece_holds_the_tile(tiles, workers, part):
-    partition = Partition(tiles, workers)
-    tile = int(part * tiles)
-    j = partition.owner(tile)
-    assert partition.begin(j) <= tile < partition.begin(j + 1)
-
-
-def test_a_tile_beyond_the_line_has_no_owner():
-    with pytest.raises(ValueError, match="tile: expected 0 to 9, got 10"):
-        Partition(10, 3).owner(10)
-
-
 @given(
     tiles=st.integers(1, 2**31),
     blocks=st.integers(1, 1024),

@@ -801,6 +801,15 @@ def test_gpu_prefetch_plan(gpu, half_batch):
     assert PrefetchPolicy.parse("off") == planned(half_batch, prefetch="off")._policy
 
 
+@pytest.mark.parametrize(
+    ("heads", "q_len", "mode", "tiles"),
+    [(8, 1, "NONE", 4), (8, 1, "ALIBI", 4), (8, 1, "ROPE_LLAMA", 2), (4, 2, "NONE", 4), (8, 2, "NONE", 2)],
+)
+def test_gpu_prologue_reaches_what_the_kernel_knows(gpu, make_batch, heads, q_len, mode, tiles):
+    batch = make_batch([40, 20], num_qo_heads=heads, num_kv_heads=1, q_len=q_len, dtype=torch.bfloat16)
+    assert planned(batch, pos_encoding_mode=mode).prefetch_plan.facts.stretch_tiles == tiles
+
+
 def test_gpu_levers_follow_the_plan(gpu, half_batch):
     """A wrapper that is planned for much KV must not go on with the levers of the little that it had before."""
     wrapper = planned(half_batch, ready="all_but_last_token")
@@ -1082,13 +1091,13 @@ def test_gpu_flashinfer_plans_and_runs_with_the_wrappers_gpu_current(gpu, half_b
     ],
 )
 def test_gpu_fixed_splits(gpu, half_batch, dense_decode, changes, tiles):
-    wrapper = planned(half_batch, **changes)
+    wrapper = planned(half_batch, prefetch="run_ahead=2,prologue=1,l2_budget=1.0", **changes)
     assert_decodes(wrapper.run(half_batch.q, half_batch.cache, return_lse=True), dense_decode(half_batch), rtol=1e-2)
     assert wrapper.kernel_choice.kernel == "fi_prefetch" and not gpu.flashinfers
     module = only(gpu.modules)
     assert module.variant.fixed_split
     assert module.calls[-1][1][3][6] == tiles
-    assert wrapper.prefetch_plan.prologue == 0 and not wrapper.prefetch_plan.early_load
+    assert wrapper.prefetch_plan.codes() == [0, 0, 0, 0, 1]
     assert fi_prefetch.prefetch_kv(wrapper, half_batch.cache) is False
     # And back: another module, another plan.
     wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)

@@ -50,7 +50,7 @@ COMPILED = (
     ("bf16", "e4m3", "bf16", 128, True, False),
     *[(q, kv, q, dim, False, False) for q in ("bf16", "f16") for kv in ("e4m3", "e5m2") for dim in (64, 128, 256)],
 )
-# Of the batch-invariant kernel, by the same. Both kernels of a variant, up to 8 query rows a kv head and up to 16.
+# Of the batch-invariant kernel, by the same. A variant has one for up to 8 query rows a kv head, and one for up to 16.
 FIXED_SPLIT_COMPILED = (
     ("bf16", "bf16", "bf16", 128, False, False),
     ("bf16", "e4m3", "bf16", 128, False, False),

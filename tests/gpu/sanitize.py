@@ -67,7 +67,7 @@ def cases() -> list[tuple[Case, dict[str, str]]]:
     splits = (Case(lens=(700, 3, 0, 64)), Case(lens=(1700, 90), kv="e4m3"), Case(lens=(20,) * 40, heads=(24, 2)))
     plain += [dataclasses.replace(case, page=1, split=split) for case in splits for split in (WHOLE, 33, 256)]
     plain += [Case(lens=lens, o="f16"), Case(lens=lens, q="f16", kv="f16", o="bf16")]
-    # Of every variant that the suite compiles both kernels: up to 8 query rows and up to 16.
+    # Of every variant that the suite compiles the kernels for up to 8 query rows and for up to 16, of few requests.
     plain += [
         Case(lens=(90, 33), heads=heads, q=q, kv=kv, o=o, dim=dim, window=20 if window else -1, cap=30.0 * cap)
         for q, kv, o, dim, window, cap in COMPILED
