@@ -186,7 +186,7 @@ Array<int64_t> plan_info(const Plan& plan, const Meeting& meeting, int64_t rows)
           meeting.counter_bytes,
           rows,
           plan.tiles,
-          AnyTraits::kStages,
+          AnyTraits::kTilesInRing,
           plan.abreast_log2};
 }
 

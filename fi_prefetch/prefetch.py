@@ -34,8 +34,7 @@ class PrefetchPolicy:
     """Which prefetch levers a wrapper may use.
 
     Attributes:
-        run_ahead: tiles beyond a warp's pipeline to prefetch into L2 in the main loop, once the pipeline is full;
-            "auto" chooses.
+        run_ahead: tiles beyond a warp's pipeline to prefetch into L2 in the main loop; "auto" chooses.
         prologue: tiles a warp prefetches into L2 before it waits for the kernel before it; "auto" chooses. Never more
             than it knows the page numbers of by then: four where a kv head has at most eight query rows and positions
             are not rotary, else two.

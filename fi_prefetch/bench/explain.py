@@ -98,10 +98,11 @@ def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -
     if choice.kernel != "fi_prefetch":
         return Explanation(choice, schedule, None, assumed=True)
     tile_bytes = TILE_TOKENS * shape.token_bytes // shape.heads_kv
+    stages = min(max(RING_BYTES // tile_bytes, 3), 8)
     launch = LaunchFacts(
         blocks=blocks,
         warps=warps,
-        stages=min(max(RING_BYTES // tile_bytes, 3), 8),
+        stages=stages if stages >= 6 else stages - 1,  # csrc/traits.cuh's kTilesInRing
         tile_bytes=tile_bytes,
         kv_bytes=shape.kv_bytes,
         l2_bytes=facts.l2_bytes,

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)")
+_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)\s*([^;]*)")
 
 
 @dataclass
@@ -20,10 +20,12 @@ class Kernel:
     Attributes:
         usage: registers ("REG"), bytes of stack ("STACK"), of static shared memory ("SHARED"), ... as ptxas reports.
         instructions: mnemonics with their modifiers, in the order of their addresses.
+        operands: of each of them.
     """
 
     usage: dict[str, int] = field(default_factory=dict)
     instructions: list[str] = field(default_factory=list)
+    operands: list[str] = field(default_factory=list)
 
     def count(self, start: str, *parts: str) -> int:
         """Instructions that start with `start` and have all of `parts` among their modifiers."""
@@ -63,6 +65,7 @@ def kernels(library: Path) -> dict[tuple[str, str], Kernel]:
             kernel = found[architecture, name[1]]
         elif instruction := _INSTRUCTION.match(line):
             kernel.instructions.append(instruction[1])
+            kernel.operands.append(instruction[2])
     return found
 
 

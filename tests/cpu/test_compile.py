@@ -119,8 +119,8 @@ MAX_SPILLED_BYTES_OF_FIXED_SPLITS = {
 # requests, and for more. A bound, because between two layers of a model the weights push the kernel's instructions out
 # of L2: they come from HBM then, about 1 us for every 1,000 (H200), and back-to-back timings do not show it.
 MOST_INSTRUCTIONS = {
-    BF16: {True: 5_900, False: 6_900},
-    E4M3: {True: 6_100, False: 7_100},
+    BF16: {True: 4_400, False: 4_950},
+    E4M3: {True: 4_900, False: 5_400},
 }
 
 
@@ -256,6 +256,16 @@ def test_registers_and_spills(case):
     # A block of 256 threads must fit a register file of 65,536, and the window kernel beside whatever else runs.
     assert max(kernel.usage["REG"] for kernel in found.decode.values()) <= 255
     assert found.prefetch_kv is None or found.prefetch_kv.usage["REG"] <= 64
+
+
+@every_case
+def test_no_copy_has_a_descriptor_that_the_gpu_refuses(case):
+    """A copy's L2 policy lies in an even pair of uniform registers. ptxas 13.0 also writes odd ones, where it knows that
+    the address in shared memory has a part that is the warp's: an illegal instruction when it runs (H200)."""
+    for size, kernel in compiled(case).decode.items():
+        copies = [operands for name, operands in zip(kernel.instructions, kernel.operands) if name.startswith("LDGSTS")]
+        descriptors = [int(register) for copy in copies for register in re.findall(r"desc\[UR(\d+)\]", copy)]
+        assert copies and not [register for register in descriptors if register % 2], size
 
 
 @every_case

@@ -43,6 +43,8 @@ def cases() -> list[tuple[Case, dict[str, str]]]:
     dtypes = (("bf16", "bf16"), ("bf16", "e4m3"), ("bf16", "e5m2"), ("f16", "f16"), ("f16", "e4m3"), ("f16", "e5m2"))
     lens = (1, 0, 40, 300)
     plain = [Case(lens=lens, q=q, kv=kv, dim=dim, page=1) for q, kv in dtypes for dim in (64, 128, 256)]
+    # More than 32 requests have a kernel of their own.
+    plain += [Case(lens=lens + (20,) * 30, q=q, kv=kv) for q, kv in dtypes]
     plain += [Case(lens=lens, page=64, layout="HND", kv=kv) for kv in ("bf16", "e4m3")]
     plain += [Case(lens=lens, page=page) for page in (3, 16)]
     plain += [Case(lens=(200, 33), heads=(2 * group, 2), dim=dim) for group in (1, 8, 16) for dim in (64, 128, 256)]
@@ -67,9 +69,19 @@ def cases() -> list[tuple[Case, dict[str, str]]]:
     splits = (Case(lens=(700, 3, 0, 64)), Case(lens=(1700, 90), kv="e4m3"), Case(lens=(20,) * 40, heads=(24, 2)))
     plain += [dataclasses.replace(case, page=1, split=split) for case in splits for split in (WHOLE, 33, 256)]
     plain += [Case(lens=lens, o="f16"), Case(lens=lens, q="f16", kv="f16", o="bf16")]
-    # Of every variant that the suite compiles the kernels for up to 8 query rows and for up to 16, of few requests.
+    # Of every variant that the suite compiles the kernels for up to 8 query rows and for up to 16, the former on a few
+    # requests, the latter on more.
     plain += [
-        Case(lens=(90, 33), heads=heads, q=q, kv=kv, o=o, dim=dim, window=20 if window else -1, cap=30.0 * cap)
+        Case(
+            lens=(90, 33) + (20,) * (32 if heads == (24, 2) else 0),
+            heads=heads,
+            q=q,
+            kv=kv,
+            o=o,
+            dim=dim,
+            window=20 if window else -1,
+            cap=30.0 * cap,
+        )
         for q, kv, o, dim, window, cap in COMPILED
         for heads in ((8, 2), (24, 2))
         if heads == (24, 2) or window or cap
