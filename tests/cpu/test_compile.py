@@ -260,8 +260,8 @@ def test_registers_and_spills(case):
 
 @every_case
 def test_no_copy_has_a_descriptor_that_the_gpu_refuses(case):
-    """A copy's L2 policy lies in an even pair of uniform registers. ptxas 13.0 also names an odd one, where it knows that
-    the address in shared memory has a part that is the warp's: an illegal instruction when it runs (H200)."""
+    """A copy's L2 policy lies in an even pair of uniform registers. ptxas 13.0 also names an odd one where it knows
+    that the address in shared memory has a part that is the warp's: an illegal instruction when it runs (H200)."""
     for size, kernel in compiled(case).decode.items():
         code = zip(kernel.instructions, kernel.operands, strict=True)
         copies = [operands for name, operands in code if name.startswith("LDGSTS")]
