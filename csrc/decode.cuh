@@ -258,6 +258,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     if (before_wait && !early_load) pipeline.prefetch_head(p.levers.prologue);
 
     shared.left_shares[warp] = shared.right_shares[warp] = {};
+    __syncwarp();  // before any lane writes a share there
     // The first run's share is noted in the time before the wait, if there is any. Blocks of a full grid find their
     // shared memory taken by the kernel before if it is one of these: they start when its blocks end, and have no time
     // to spare until their first tiles are on their way.

@@ -148,8 +148,8 @@ def test_wrappers_on_their_own_streams(kv: str, streams: int) -> None:
         wrappers.append(fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspaces[-1].tensor, own.case.layout))
         plan(wrappers[-1], own)
     alone = [wrapper.run(own.q, own.cache).clone() for wrapper, own in zip(wrappers, all_inputs, strict=True)]
-    torch.cuda.synchronize()
     outs = [[torch.full_like(own.q, torch.nan) for _ in range(30)] for own in all_inputs]
+    torch.cuda.synchronize()  # the other streams do not wait for this one
     lanes = [torch.cuda.Stream() for _ in range(streams)]
     for i in range(30):
         for lane, wrapper, own, own_outs in zip(lanes, wrappers, all_inputs, outs, strict=True):
