@@ -787,7 +787,7 @@ def test_gpu_plans_once_for_the_same_shape(gpu, half_batch, make_batch):
 def test_gpu_prefetch_plan(gpu, half_batch):
     wrapper = planned(half_batch, prefetch="run_ahead=2,prologue=1,l2_budget=0.5", ready="page_table")
     plan = wrapper.prefetch_plan
-    assert (plan.facts.blocks, plan.facts.warps, plan.facts.stages) == (132, 8, 2)
+    assert (plan.facts.blocks, plan.facts.warps, plan.facts.stages) == (132, 8, 3)
     assert plan.facts.tile_bytes == 2 * 16 * 64 * 2
     # Five pages of 16 tokens, K and V, two kv heads: 40,960 bytes, rounded up to a power of two.
     assert plan.facts.kv_bytes == 65536
