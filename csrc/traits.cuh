@@ -50,9 +50,10 @@ struct DecodeTraits {
   /// tile of few bytes costs more time in dependent instructions than on its way. Turned keys leave no registers for
   /// it.
   static constexpr bool kTakesTwo = kStages >= 6 && !kRope;
-  /// Tiles in the ring, the one at hand included. One stage stays empty where tiles are large: with three of 8 KB on
-  /// their way to each of eight warps the SM takes no more copies, and a warp that waits to start one cannot compute (3
-  /// % of 34 MB in pieces of four tiles, 8 % of 69 MB in pieces that go over from one request to another; H200).
+  /// Tiles in the ring, the one at hand included. One stage stays empty where a warp takes one tile at a time, as large
+  /// ones: with three of 8 KB on their way to each of eight warps the SM takes no more copies, and a warp that waits to
+  /// start one cannot compute (3 % of 34 MB in pieces of four tiles, 8 % of 69 MB in pieces that go over from one
+  /// request to another; H200).
   static constexpr int kTilesInRing = kTakesTwo ? kStages : kStages - 1;
   /// Tokens of a stretch of tiles whose page numbers a lane looks up: see KvPipeline. Two where there are registers for
   /// it, so that the ring is filled without a second trip to L2.
