@@ -173,12 +173,6 @@ class WarpAttention {
     for (int t = 0; t < N; ++t) multiply_v(tiles[t] + T::kTileBytes, probabilities[t]);
   }
 
-  /// Completes the row sums. Once, after the last tile.
-  FI_PREFETCH_DEVICE void finish() {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) sum_[c] = sum_over_tokens(sum_[c]);
-  }
-
   /// Writes the result of a request and head that this warp had to itself.
   FI_PREFETCH_DEVICE void write_output(uint32_t request, uint32_t head) {
     using O = typename T::O;
@@ -599,11 +593,17 @@ class WarpAttention {
           const float reference = max_[c] == -INFINITY ? 0.0f : max_[c];
           x[e] = ptx::exp2_fast(x[e] - reference);
           x[2 + e] = ptx::exp2_fast(x[2 + e] - reference);
-          sum_[c] += x[e] + x[2 + e];
         }
         // S^T has tokens as rows, the second product wants them as columns: transpose each eight of them.
-        probabilities[t][n][0] = ptx::transpose_matrix(pack<typename T::PV>(x[0], x[1]));
-        probabilities[t][n][1] = ptx::transpose_matrix(pack<typename T::PV>(x[2], x[3]));
+        const uint32_t a = ptx::transpose_matrix(pack<typename T::PV>(x[0], x[1]));
+        const uint32_t b = ptx::transpose_matrix(pack<typename T::PV>(x[2], x[3]));
+        // The sum is of the weights as they multiply V, rounded, so that where many tokens are alike their rounding
+        // cancels. By a product with rows of ones, of which one is wanted; it leaves every lane the whole sum.
+        constexpr uint32_t kOnes = std::is_same<typename T::PV, __half>::value ? 0x3c003c00 : 0x3f803f80;
+        float sums[4] = {sum_[2 * n], sum_[2 * n + 1], 0.0f, 0.0f};
+        ptx::multiply_add<typename T::PV>(sums, {kOnes, 0, kOnes, 0}, a, b);
+        sum_[2 * n] = sums[0], sum_[2 * n + 1] = sums[1];
+        probabilities[t][n][0] = a, probabilities[t][n][1] = b;
       }
   }
 
@@ -668,11 +668,6 @@ class WarpAttention {
     for (int bit = 4; bit < 32; bit *= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, bit));
     return x;
   }
-  FI_PREFETCH_DEVICE static float sum_over_tokens(float x) {
-#pragma unroll
-    for (int bit = 4; bit < 32; bit *= 2) x += __shfl_xor_sync(kFullWarp, x, bit);
-    return x;
-  }
 
   const DecodeParams& p_;
   uint32_t matrix_offset_;
@@ -682,7 +677,7 @@ class WarpAttention {
   uint32_t turns_[T::kRope ? kProducts / 2 : 1][2][2];  // a token's, in 2^-32: of the lane's dimensions as in query_
   float slope_log2_[T::kAlibi ? kColumns : 1];          // ALiBi's, in base-2 exponent units
   float max_[kColumns];                                 // greatest score so far, in base-2 exponent units
-  float sum_[kColumns];                                 // this lane's share until finish()
+  float sum_[kColumns];                                 // of the weights
   float output_[kProducts][T::kRowTiles][4];
 };
 

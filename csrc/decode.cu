@@ -34,11 +34,13 @@ constexpr bool kSoftCap = FI_PREFETCH_SOFT_CAP;
 constexpr Position kPosition = Position{FI_PREFETCH_POSITION};
 constexpr bool kFixedSplit = FI_PREFETCH_FIXED_SPLIT;
 
-/// About 24 KB of ring a warp: eight warps then keep up to 128 KB on the way, four times what an H200's SM needs to
-/// read at its share of HBM (34 GB/s at 1 us). Never below three, so that two tiles fly while one is computed on.
+/// About 24 KB of ring a warp, of which eight warps keep what an SM's share of HBM needs in flight several times over
+/// (34 GB/s at 1 us on an H200); but of tiles of 8 KB and more no third one: with three on their way to each of eight
+/// warps the SM takes no more copies, and a warp that waits to start one cannot compute (3 % of 34 MB in pieces of four
+/// tiles, 8 % of 69 MB in pieces that go over from one request to another; H200).
 constexpr int stage_count() {
   constexpr int kStageBytes = 2 * kTileTokens * FI_PREFETCH_HEAD_DIM * sizeof(FI_PREFETCH_DTYPE_KV);
-  return std::min(std::max(24 * 1024 / kStageBytes, 3), 8);
+  return kStageBytes >= 8 * 1024 ? 2 : std::min(24 * 1024 / kStageBytes, 8);
 }
 
 template <int ROW_TILES, bool FEW_REQUESTS = false>
@@ -46,8 +48,6 @@ using Traits = DecodeTraits<FI_PREFETCH_DTYPE_Q, FI_PREFETCH_DTYPE_KV, FI_PREFET
                             ROW_TILES, stage_count(), kWindow, kSoftCap, kPosition, FEW_REQUESTS>;
 using AnyTraits = Traits<1>;
 
-/// Query rows of a kv head. Their sums fill the registers: 32 rows of 128 dimensions already spill (192 bytes).
-constexpr int kMaxRows = 16;
 constexpr int kMaxWarps = 8;
 constexpr int kMaxBlocks = 1024;  // two levels of a merge take 32 * 32
 constexpr int kMostMinTiles = 1 << 16;
@@ -151,8 +151,8 @@ int64_t row_count(int64_t num_qo_heads, int64_t num_kv_heads) {
   FI_PREFETCH_CHECK(num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0, ValueError)
       << "num_qo_heads: expected a positive multiple of num_kv_heads = " << num_kv_heads << ", got " << num_qo_heads;
   const int64_t rows = num_qo_heads / num_kv_heads;
-  FI_PREFETCH_CHECK(rows <= kMaxRows, ValueError)
-      << "num_qo_heads: expected at most " << kMaxRows << " query rows per kv head, got " << rows;
+  FI_PREFETCH_CHECK(rows <= kMostQueryRows, ValueError)
+      << "num_qo_heads: expected at most " << kMostQueryRows << " query rows per kv head, got " << rows;
   return rows;
 }
 
@@ -163,11 +163,12 @@ int64_t most_abreast_log2(int64_t warps, int64_t num_kv_heads) {
   return log2;
 }
 
-/// One block an SM, with as many warps as its shared memory holds.
+/// One block an SM, with as many warps as its shared memory holds, of 8, 4, 2 and 1: five or six cut requests at odd
+/// places (of head_dim 256 four are faster, by up to 20 % with 8 query rows and 35 % with 16; H200).
 Plan make_plan(int64_t rows, int64_t num_kv_heads, int device) {
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   int64_t warps = kMaxWarps;
-  while (warps > 1 && shared_bytes(warps, rows) > static_cast<uint32_t>(limit)) --warps;
+  while (warps > 1 && shared_bytes(warps, rows) > static_cast<uint32_t>(limit)) warps /= 2;
   FI_PREFETCH_CHECK(shared_bytes(warps, rows) <= static_cast<uint32_t>(limit), RuntimeError)
       << "this GPU's " << limit << " bytes of shared memory a block do not hold one warp's "
       << shared_bytes(warps, rows);
@@ -186,7 +187,7 @@ Array<int64_t> plan_info(const Plan& plan, const Meeting& meeting, int64_t rows)
           meeting.counter_bytes,
           rows,
           plan.tiles,
-          AnyTraits::kTilesInRing,
+          AnyTraits::kStages,
           plan.abreast_log2};
 }
 
@@ -198,9 +199,8 @@ void check_plan_info(const Array<int64_t>& info) {
 }
 
 void check_batch_size(int64_t batch_size, int64_t warps) {
-  FI_PREFETCH_CHECK(batch_size <= 1 << 20 &&
-                        ScanOf<AnyTraits>::shared_bytes(batch_size) <= warps * SharedMemory<AnyTraits>::kRingBytes,
-                    ValueError)
+  FI_PREFETCH_CHECK(
+      batch_size <= 1 << 20 && ScanOf<AnyTraits>::shared_bytes(batch_size) <= warps * AnyTraits::kRingBytes, ValueError)
       << "batch_size: " << batch_size << " requests are more than the shared memory of a block of " << warps
       << " warps holds";
 }
@@ -443,7 +443,7 @@ void launch_attention(const Launch& l, int device, const DecodeParams& p, const 
   if constexpr (kFixedSplit) {
     const FixedSplitParams fixed{static_cast<uint32_t>(plan.tiles), static_cast<uint32_t>(splits)};
     launch<fixed_split_kernel<Traits<ROW_TILES>>>(l, device, p, fixed);
-  } else if (p.table.batch_size <= 32) {
+  } else if (p.table.batch_size <= kFewRequests) {
     launch<decode_kernel<Traits<ROW_TILES, /*FEW_REQUESTS=*/true>>>(l, device, p);
   } else {
     launch<decode_kernel<Traits<ROW_TILES>>>(l, device, p);
@@ -465,7 +465,7 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
 
   check_tensor<FI_PREFETCH_DTYPE_Q>(q, "q", 3, device);
   const int64_t num_qo_heads = q.size(1);
-  FI_PREFETCH_CHECK(q_len >= 1 && q_len <= kMaxRows && q.size(0) == batch_size * q_len &&
+  FI_PREFETCH_CHECK(q_len >= 1 && q_len <= kMostQueryRows && q.size(0) == batch_size * q_len &&
                         q.size(2) == FI_PREFETCH_HEAD_DIM && (q.stride(2) == 1),
                     ValueError)
       << "q: expected shape [" << batch_size << " * " << q_len << ", num_qo_heads, " << FI_PREFETCH_HEAD_DIM
@@ -530,7 +530,8 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
     return static_cast<int32_t>(std::min(std::max<int64_t>(prefetch[i], 0), most));
   };
   p.dependent_launch = enable_pdl;
-  p.levers = {lever(0, 1 << 16), lever(1, 1 << 16), lever(2, 1 << 16), lever(3, 2), lever(4, 1)};
+  p.levers = {lever(0, 1 << 16), lever(1, 1 << 16), lever(2, 1), lever(3, 2), lever(4, 1)};
+  if (p.levers.ready != kAllButLastToken || !enable_pdl) p.levers.early_load = 0;
 
   if (batch_size == 0) return;
   const Plan made = read_plan(info, rows, p.num_kv_heads, device.device_id);
@@ -576,7 +577,7 @@ void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView ind
   DecodeParams p{};
   set_cache(p, k, v, indptr, indices, last_page_len, kv_layout_code);
   const DLDevice device = k.device();
-  FI_PREFETCH_CHECK(q_len >= 1 && q_len <= kMaxRows, ValueError) << "q_len_per_req: got " << q_len;
+  FI_PREFETCH_CHECK(q_len >= 1 && q_len <= kMostQueryRows, ValueError) << "q_len_per_req: got " << q_len;
   FI_PREFETCH_CHECK((window_left >= 0) == kWindow, ValueError) << "window_left: not what was planned: " << window_left;
   FI_PREFETCH_CHECK(num_blocks >= 1 && num_blocks <= kMaxBlocks, ValueError)
       << "num_blocks: expected 1 to " << kMaxBlocks << ", got " << num_blocks;
@@ -589,7 +590,7 @@ void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView ind
   const int64_t tiles = budget_bytes / (made.blocks * made.warps * AnyTraits::kStageBytes);
   if (tiles <= 0 || p.table.batch_size == 0) return;
   check_batch_size(p.table.batch_size, made.warps);
-  const uint32_t shared = RequestScan<kWindow, false>::shared_bytes(p.table.batch_size);
+  const uint32_t shared = ScanOf<AnyTraits>::shared_bytes(p.table.batch_size);
   const PrefetchKvParams window{static_cast<uint32_t>(made.blocks), static_cast<uint32_t>(made.warps),
                                 static_cast<uint32_t>(std::min<int64_t>(tiles, 1 << 24)), evict_last};
   tvm::ffi::CUDADeviceGuard guard(device.device_id);

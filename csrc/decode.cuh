@@ -12,28 +12,23 @@
 
 namespace fi_prefetch {
 
-template <typename T>
-using ScanOf = RequestScan<T::kWindow, T::kFewRequests>;
-
 /// The block's dynamic shared memory. The host asks for `bytes`, the kernel uses the pointers.
 template <typename T>
 struct SharedMemory {
-  uint8_t* rings;        // [warps][kStages][kStageBytes]; after that right shares
+  uint8_t* rings;        // [warps][kRingBytes]: stages, after that a right share's partial
   Run* runs;             // [warps][kStages]
   float* left_partials;  // [warps][rows][kPartialStride]; before that the RequestScan (a large batch's: where the rings
                          // are)
-  Share* left_shares;    // [warps]: see keep_shares
-  Share* right_shares;   // [warps]: the partial lies in the warp's ring
-
-  static constexpr uint32_t kRingBytes = T::kStages * T::kStageBytes;
+  Share* left_shares;    // [warps]: see keep_share
+  Share* right_shares;   // [warps]
 
   static __host__ __device__ uint32_t bytes(uint32_t warps, uint32_t rows) {
     return warps *
-           (kRingBytes + T::kStages * sizeof(Run) + rows * T::kPartialStride * sizeof(float) + 2 * sizeof(Share));
+           (T::kRingBytes + T::kStages * sizeof(Run) + rows * T::kPartialStride * sizeof(float) + 2 * sizeof(Share));
   }
   FI_PREFETCH_DEVICE SharedMemory(uint8_t* base, uint32_t warps, uint32_t rows) {
     rings = base;
-    runs = reinterpret_cast<Run*>(rings + warps * kRingBytes);
+    runs = reinterpret_cast<Run*>(rings + warps * T::kRingBytes);
     left_partials = reinterpret_cast<float*>(runs + warps * T::kStages);
     left_shares = reinterpret_cast<Share*>(left_partials + warps * rows * T::kPartialStride);
     right_shares = left_shares + warps;
@@ -45,7 +40,7 @@ struct SharedMemory {
     return left_partials + warp * rows * T::kPartialStride;
   }
   FI_PREFETCH_DEVICE float* right_partial(uint32_t warp) const {
-    return reinterpret_cast<float*>(rings + warp * kRingBytes);
+    return reinterpret_cast<float*>(rings + warp * T::kRingBytes);
   }
 };
 
@@ -158,7 +153,6 @@ FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Work<T>& work, con
                                  uint32_t end, WarpAttention<T>& attention, const SharedMemory<T>& shared) {
   const Piece<T::kWindow>& piece = work.piece;
   const bool goes_on = end > piece.begin + piece.count;
-  attention.finish();
   const bool has_all = begin >= piece.begin && !goes_on;
   const bool abreast = work.partition.abreast_log2 > 0;
   const uint32_t warp = warp_index();
@@ -238,7 +232,6 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   // What is read before the kernels that this one depends on have finished is final if the caller promised so, else a
   // guess: no more than hints and copies into the ring follow from it until it was compared with what is there after
   // the wait.
-  const bool may_load_early = p.dependent_launch && p.levers.ready == kAllButLastToken;
   const bool is_final = p.levers.ready != kNothing;
   bool finished = true;  // the kernels before this one
   bool keep_late = false;
@@ -254,7 +247,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     work = Work<T>(p, scan);
     pipeline.start(piece.first, piece.count, scan.of_this_lane());
     const bool verify = before_wait && !is_final;
-    const bool early_load = may_load_early && work.partition.has_at_most(p.levers.early_load);
+    const bool early_load = p.levers.early_load > 0;
     if (before_wait && !early_load) pipeline.prefetch_head(p.levers.prologue);
 
     shared.left_shares[warp] = shared.right_shares[warp] = {};
@@ -285,10 +278,10 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     // Once outside of the loop, at whose head the compiler waits for all of the loads above.
     if (finished) pipeline.issue();
     before_wait = false;
-    if (!verify && scan.in_shared_memory()) __syncthreads();  // it lies where the left partials are
+    if (!verify && scan.kInSharedMemory) __syncthreads();  // it lies where the left partials are
     if (!verify || !scan.changed(pipeline.first_pages_changed())) break;
     pipeline.drain();
-    if (scan.in_shared_memory()) __syncthreads();
+    if (scan.kInSharedMemory) __syncthreads();
   }
   count_running(p, 1);
 
@@ -302,7 +295,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     __syncwarp();  // all lanes are done with the tiles before, whose stages are free
 #pragma unroll 1
     while (true) {
-      const bool filled = pipeline.issued() >= min(piece.count, i + T::kTilesInRing);
+      const bool filled = pipeline.issued() >= min(piece.count, i + T::kStages);
       if (!finished && (filled || !pipeline.upcoming_is_older_than(p.q_len))) {
         ptx::wait_for_dependencies();
         ptx::launch_dependents();

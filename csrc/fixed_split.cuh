@@ -59,21 +59,20 @@ FI_PREFETCH_DEVICE void attend_to(const DecodeParams& p, TileCursor<T::kWindow> 
   pipeline.load_second_pages();
   if (count == 0) return;
   attention.load_query(at.request_index, at.head);
-#pragma unroll 1
-  for (int i = 1; i < T::kStages; ++i) pipeline.issue();
-  attention.start();
   uint32_t stage = 0;
   int32_t token = at.token();
 #pragma unroll 1
   for (uint32_t i = 0; i < count; ++i) {
+    __syncwarp();  // all lanes are done with the tile before, whose stage is free
+#pragma unroll 1
+    while (pipeline.issued() < min(count, i + T::kStages)) pipeline.issue();
+    if (i == 0) attention.start();
     pipeline.template wait<1>(i);
-    pipeline.issue();
     attention.template add_tiles<1>({pipeline.tile(stage)}, token, at.request.length);
     token += kTileTokens;
     stage = pipeline.next(stage);
   }
   pipeline.drain();
-  attention.finish();
   attention.write_partial(partial);
 }
 
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(256, 1)
     if (position >= scan.total() * p.num_kv_heads) return;
     const uint32_t number = position;
     const Location location = scan.locate(number, p.num_kv_heads);
-    if (scan.in_shared_memory()) __syncthreads();
+    __syncthreads();  // all warps are done with the scan
 
     TileCursor<T::kWindow> at;
     at.request = location.request;

@@ -38,7 +38,7 @@ struct PageTable {
 struct PrefetchLevers {
   int32_t run_ahead;   // tiles beyond the pipeline; 0 is off
   int32_t prologue;    // tiles brought into L2 before the dependency wait; 0 is off
-  int32_t early_load;  // start the pipeline before the dependency wait where warps have at most so many tiles; 0 is off
+  int32_t early_load;  // 1: start the pipeline before the dependency wait, which the caller's promise allows
   int32_t ready;       // what the caller promises is final before the wait: see Ready
   int32_t stream;      // 1: KV leaves L2 first once it was read (evict_first)
 };

@@ -41,8 +41,8 @@ class KvPipeline {
   FI_PREFETCH_DEVICE KvPipeline(const DecodeParams& p, uint8_t* rings, Run* runs)
       : p_(p),
         runs_(runs + warp_index() * T::kStages),
-        ring_(ptx::shared_address(rings) + warp_index() * kRingBytes),
-        first_destination_(ptx::shared_address(rings) + threadIdx.x / 32 * kRingBytes +
+        ring_(ptx::shared_address(rings) + warp_index() * T::kRingBytes),
+        first_destination_(ptx::shared_address(rings) + threadIdx.x / 32 * T::kRingBytes +
                            TileLayout<T>::offset(lane_index() / T::kRowChunks, lane_index() % T::kRowChunks)),
         k_(ptx::opaque(p.k.data + lane_index() % T::kRowChunks * 16)),
         v_(ptx::opaque(p.v.data + lane_index() % T::kRowChunks * 16)),
@@ -150,7 +150,7 @@ class KvPipeline {
   /// whole warp. Also tells the warp's lanes that all of them are done with the tiles before.
   template <int TILES>
   FI_PREFETCH_DEVICE void wait(uint32_t tile) {
-    wait_for_all_but<T::kTilesInRing - TILES>(issued_ - tile - TILES);
+    wait_for_all_but<T::kStages - TILES>(issued_ - tile - TILES);
     __syncwarp();
   }
 
@@ -159,8 +159,6 @@ class KvPipeline {
   FI_PREFETCH_DEVICE static uint32_t next(uint32_t stage) { return stage + 1 == T::kStages ? 0 : stage + 1; }
 
  private:
-  static constexpr uint32_t kRingBytes = T::kStages * T::kStageBytes;
-
   /// Tiles of a request and head whose page numbers are loaded together, from a multiple of kStretch on: kTokens tokens
   /// a lane.
   static constexpr int kTokens = T::kPagesPerLane;

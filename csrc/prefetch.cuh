@@ -6,6 +6,9 @@
 
 namespace fi_prefetch {
 
+template <typename T>
+using ScanOf = RequestScan<T::kWindow, T::kFewRequests>;
+
 /// Which of a request's pages holds a token, and where in it.
 struct PageSlot {
   int32_t page;

@@ -14,7 +14,7 @@ struct PrefetchKvParams {
   int32_t evict_last;       // 1: ask that the lines stay until they are read
 };
 
-/// Any number of blocks of whole warps; dynamic shared memory: RequestScan::shared_bytes. With as many blocks as the
+/// Any number of blocks of whole warps; dynamic shared memory: ScanOf<T>::shared_bytes. With as many blocks as the
 /// decode call's, of as many warps, a block asks for what the block of the same number will read, on the same SM where
 /// the GPU is free: lines that another SM asked for are read at 4.1 TB/s, those that the same did at 6.8 (H100).
 template <typename T>
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(256, 1)
     prefetch_kv_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ PrefetchKvParams window) {
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
-  RequestScan<T::kWindow, /*FEW_REQUESTS=*/false> scan(p, ptx::dynamic_shared_memory());
+  ScanOf<T> scan(p, ptx::dynamic_shared_memory());
   const Partition partition = cut(p, scan, window.blocks, window.warps);
   const auto give_way = [&] { return p.running != nullptr && ptx::load_relaxed(p.running) > 0; };
   const uint32_t stride = gridDim.x * warps_per_block();

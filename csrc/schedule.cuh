@@ -11,6 +11,8 @@
 namespace fi_prefetch {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
+/// Requests that every warp keeps in its registers, one a lane.
+constexpr int32_t kFewRequests = 32;
 
 FI_PREFETCH_DEVICE uint32_t lane_index() { return threadIdx.x % 32; }
 /// A value that is the same in every lane, said so that the compiler knows it. It must know it of every branch that
@@ -69,12 +71,16 @@ struct TableRow {
   }
 };
 
-/// Starts the loads of row `r`; an empty one where `r` is beyond the batch. They bypass L1: before the dependency wait
-/// they may see the previous kernel's half-written table, and a line left in L1 would be served again after the wait.
-FI_PREFETCH_DEVICE TableRow load_row(const PageTable& table, uint32_t r) {
+/// Starts the loads of row `r`; an empty one where `r` is beyond the batch.
+template <typename Load>
+FI_PREFETCH_DEVICE TableRow load_row(const PageTable& table, uint32_t r, const Load& load) {
   if (r >= static_cast<uint32_t>(table.batch_size)) return {0, 0, 0};
-  return {ptx::load_and_keep(table.indptr + r), ptx::load_and_keep(table.indptr + r + 1),
-          ptx::load_and_keep(table.last_page_len + r)};
+  return {load(table.indptr + r), load(table.indptr + r + 1), load(table.last_page_len + r)};
+}
+/// Past L1: before the dependency wait the loads may see the previous kernel's half-written table, and a line left in
+/// L1 would be served again after the wait.
+FI_PREFETCH_DEVICE TableRow load_row(const PageTable& table, uint32_t r) {
+  return load_row(table, r, [](const int32_t* from) { return ptx::load_and_keep(from); });
 }
 
 /// The request of a row. Every value is clamped so that no content of the page table can lead to an access outside
@@ -106,6 +112,10 @@ FI_PREFETCH_DEVICE Request load_request(const DecodeParams& p, uint32_t r) {
 FI_PREFETCH_DEVICE uint32_t split_count(uint32_t tiles, uint32_t most_tiles) {
   return (tiles + most_tiles - 1) / most_tiles;
 }
+/// The same where they are few (see small_quotient).
+FI_PREFETCH_DEVICE uint32_t small_split_count(uint32_t tiles, uint32_t most_tiles) {
+  return small_quotient(tiles + most_tiles - 1, most_tiles);
+}
 
 /// A position on the line: split `offset % splits` of kv head `offset / splits` of a request.
 struct Location {
@@ -115,13 +125,15 @@ struct Location {
   uint32_t offset = 0;
 };
 
-/// The requests, and the running sums of their splits. A batch of up to 32 lies in the registers of every warp, one
-/// request a lane, and no warp waits for another; a larger one in shared memory, 32 requests a group.
+/// The requests, and the running sums of their splits. FEW_REQUESTS: at most kFewRequests, and no warp waits for
+/// another. Else they lie in shared memory, 32 a group.
 template <bool WINDOW, bool FEW_REQUESTS>
 class RequestScan {
  public:
+  static constexpr bool kInSharedMemory = !FEW_REQUESTS;
+
   static __host__ __device__ constexpr uint32_t shared_bytes(uint32_t batch_size) {
-    return batch_size <= 32 ? 0 : (batch_size + 31) / 32 * 32 * (sizeof(Request) + sizeof(uint32_t));
+    return FEW_REQUESTS ? 0 : (batch_size + 31) / 32 * 32 * (sizeof(Request) + sizeof(uint32_t));
   }
 
   /// Reads the page table, for a line of splits of at most `most_tiles` tiles. Collective over the block. `shared`:
@@ -129,7 +141,7 @@ class RequestScan {
   FI_PREFETCH_DEVICE RequestScan(const DecodeParams& p, uint8_t* shared, uint32_t most_tiles = 1) {
     const uint32_t batch_size = p.table.batch_size;
     const uint32_t lane = lane_index();
-    if (FEW_REQUESTS || batch_size <= 32) {
+    if constexpr (FEW_REQUESTS) {
       row_ = load_row(p.table, lane);
       request_ = request_of<WINDOW>(p, row_);
       sum_ = warp_inclusive_sum(split_count(request_.tiles, most_tiles));
@@ -160,17 +172,14 @@ class RequestScan {
 
   /// Whether changed() can tell: it compares what is still in registers, for the shared memory is soon in use.
   static FI_PREFETCH_DEVICE bool can_compare(const DecodeParams& p) {
-    return FEW_REQUESTS || static_cast<uint32_t>(p.table.batch_size) <= 32 * warps_per_block();
+    return FEW_REQUESTS || static_cast<uint32_t>(p.table.batch_size) <= blockDim.x;
   }
 
   /// Starts loading the page table again, for changed(). After the dependency wait, so that L1, which the first reading
   /// went past, may serve all warps of an SM: see WarpAttention::load_query.
   FI_PREFETCH_DEVICE void read_again(const DecodeParams& p) {
-    const uint32_t r = in_shared_memory() ? threadIdx.x : lane_index();
-    row_again_ = {0, 0, 0};
-    if (r < static_cast<uint32_t>(p.table.batch_size)) {
-      row_again_ = {__ldca(p.table.indptr + r), __ldca(p.table.indptr + r + 1), __ldca(p.table.last_page_len + r)};
-    }
+    row_again_ =
+        load_row(p.table, FEW_REQUESTS ? lane_index() : threadIdx.x, [](const int32_t* from) { return __ldca(from); });
   }
 
   /// Whether the page table said something else when it was read again, or `or_else` holds somewhere. Collective over
@@ -180,11 +189,10 @@ class RequestScan {
     const TableRow now = {ptx::opaque(row_again_.begin), ptx::opaque(row_again_.end),
                           ptx::opaque(row_again_.last_page_len)};
     const bool differs = or_else || now != row_;
-    return in_shared_memory() ? uniform(__syncthreads_or(differs)) : __any_sync(kFullWarp, differs);
+    return FEW_REQUESTS ? __any_sync(kFullWarp, differs) : uniform(__syncthreads_or(differs));
   }
 
-  FI_PREFETCH_DEVICE bool in_shared_memory() const { return !FEW_REQUESTS && groups_ > 0; }
-  /// Of a batch of at most 32.
+  /// Where they are few.
   FI_PREFETCH_DEVICE const Request& of_this_lane() const { return request_; }
   FI_PREFETCH_DEVICE bool some_request_is_empty() const { return some_empty_; }
   /// Splits of one kv head over all requests.
@@ -195,25 +203,27 @@ class RequestScan {
   /// What total() is with other splits, of which no request has many (see small_quotient). Collective over the warp.
   FI_PREFETCH_DEVICE uint32_t total_of(uint32_t most_tiles) const {
     uint32_t sum = 0;
-    uint32_t group = 0;
-    do {
-      const uint32_t tiles = in_shared_memory() ? requests_[group * 32 + lane_index()].tiles : request_.tiles;
-      sum += small_quotient(tiles + most_tiles - 1, most_tiles);
-    } while (in_shared_memory() && ++group < groups_);
+    if constexpr (FEW_REQUESTS) {
+      sum = small_split_count(request_.tiles, most_tiles);
+    } else {
+      for (uint32_t group = 0; group < groups_; ++group) {
+        sum += small_split_count(requests_[group * 32 + lane_index()].tiles, most_tiles);
+      }
+    }
     return __reduce_add_sync(kFullWarp, sum);
   }
   /// From now on the line is one of these. Collective over the block.
   FI_PREFETCH_DEVICE void cut_again(uint32_t most_tiles) {
-    if (!in_shared_memory()) {
-      sum_ = warp_inclusive_sum(small_quotient(request_.tiles + most_tiles - 1, most_tiles));
-      return;
+    if constexpr (FEW_REQUESTS) {
+      sum_ = warp_inclusive_sum(small_split_count(request_.tiles, most_tiles));
+    } else {
+      __syncthreads();  // the old sums were read
+      for (uint32_t group = warp_index(); group < groups_; group += warps_per_block()) {
+        const uint32_t r = group * 32 + lane_index();
+        sums_[r] = warp_inclusive_sum(small_split_count(requests_[r].tiles, most_tiles));
+      }
+      __syncthreads();
     }
-    __syncthreads();  // the old sums were read
-    for (uint32_t group = warp_index(); group < groups_; group += warps_per_block()) {
-      const uint32_t r = group * 32 + lane_index();
-      sums_[r] = warp_inclusive_sum(small_quotient(requests_[r].tiles + most_tiles - 1, most_tiles));
-    }
-    __syncthreads();
   }
 
   /// Where `position` (below the splits of all heads) lies. Collective over the warp, the same position in every lane.
@@ -221,7 +231,7 @@ class RequestScan {
     const uint32_t lane = lane_index();
     uint32_t before = 0;  // splits a head of the requests before the group
     uint32_t group = 0;
-    if (in_shared_memory()) {
+    if constexpr (kInSharedMemory) {
       for (uint32_t first = 0; first < groups_; first += 32) {
         const uint32_t splits = first + lane < groups_ ? sums_[(first + lane) * 32 + 31] : 0;
         const uint32_t sum = warp_inclusive_sum(splits);
@@ -277,11 +287,6 @@ struct Partition {
 
   FI_PREFETCH_DEVICE uint32_t warps() const { return workers << abreast_log2; }
 
-  /// Whether no piece is longer than `most` tiles.
-  FI_PREFETCH_DEVICE bool has_at_most(uint32_t most) const {
-    return tiles * static_cast<uint64_t>(split_tiles) <= static_cast<uint64_t>(most) * workers;
-  }
-
   FI_PREFETCH_DEVICE uint32_t begin(uint32_t j) const { return j >= workers ? tiles : __umulhi(tiles, j * share); }
 
   /// Of every `stride`-th worker, in units of the stride: the last one up to `from` that begins at `tile` or before.
@@ -294,9 +299,11 @@ struct Partition {
       if (hits != 0) return from - (__ffs(hits) - 1);
     }
   }
-  /// The last one from `from` on that begins before `tile`; `from` does.
+  /// The last one from `from` on that begins before `tile`; `from` does. A `tile` beyond the line, as a page table has
+  /// it that changes against a promise, stands for the line's end: no worker begins after that.
   FI_PREFETCH_DEVICE uint32_t last_before(uint32_t tile, uint32_t from, uint32_t stride) const {
     const uint32_t lane = lane_index();
+    tile = min(tile, tiles);
 #pragma unroll 1
     for (;; from += 32) {
       const uint32_t misses = __ballot_sync(kFullWarp, begin((from + lane + 1) * stride) >= tile);
@@ -409,16 +416,10 @@ struct TileCursor {
   uint32_t head_step;  // a power of two
 
   TileCursor() = default;
-  /// At tile (or split, of which the cursor's tile is the number then) `position` of the line of warp number `warp`.
-  /// Collective over the warp.
-  template <typename Scan>
-  FI_PREFETCH_DEVICE TileCursor(const DecodeParams& p, const Partition& partition, Scan& scan, uint32_t position,
-                                uint32_t warp)
-      : head_step(1u << partition.abreast_log2) {
-    const Location at = scan.locate(position, p.num_kv_heads >> partition.abreast_log2);
-    request = at.request;
-    request_index = at.request_index;
-    const uint32_t splits = max(at.splits, 1u);  // a warp without a piece has no location
+  /// At a tile (or split, of which the cursor's tile is the number then) of the line of warp number `warp`.
+  FI_PREFETCH_DEVICE TileCursor(const Location& at, uint32_t abreast_log2, uint32_t warp)
+      : request(at.request), request_index(at.request_index), head_step(1u << abreast_log2) {
+    const uint32_t splits = max(at.splits, 1u);  // a broken page table may have none
     const uint32_t step = small_quotient(at.offset, splits);
     head = step * head_step + warp % head_step;
     tile = at.offset - step * splits;
@@ -430,7 +431,7 @@ struct TileCursor {
   FI_PREFETCH_DEVICE void advance(const DecodeParams& p, uint32_t tiles = 1) {
     if (leaves_request(p, tiles)) next_request(p);
   }
-  /// The same in a batch of at most 32 requests, of which this lane has one.
+  /// The same where requests are few, and this lane has one.
   FI_PREFETCH_DEVICE void advance(const DecodeParams& p, uint32_t tiles, const Request& of_this_lane) {
     if (!leaves_request(p, tiles)) return;
     const bool follows = lane_index() > request_index && of_this_lane.tiles > 0;
@@ -483,10 +484,11 @@ struct Piece {
     begin = partition.begin(worker);
     count = partition.begin(worker + 1) - begin;
     if (count == 0) return;
-    first = TileCursor<WINDOW>(p, partition, scan, begin, warp);
+    const Location at = scan.locate(begin, p.num_kv_heads >> partition.abreast_log2);
+    first = TileCursor<WINDOW>(at, partition.abreast_log2, warp);
     if (partition.split_tiles == 1) return;
     const uint32_t tiles = first.request.tiles;
-    split = first.tile, splits = small_quotient(tiles + partition.split_tiles - 1, partition.split_tiles);
+    split = first.tile, splits = max(at.splits, 1u);
     // Equal but for one tile; the first ones are the longer.
     const uint32_t least = small_quotient(tiles, splits), longer = tiles - least * splits;
     begin = first.tile = split * least + min(split, longer);

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "params.cuh"
@@ -14,6 +15,9 @@ namespace fi_prefetch {
 /// How positions enter the scores, as FlashInfer's PosEncodingMode. kRope: queries and keys lie unrotated in memory and
 /// are turned by their positions, element i with element i + HEAD_DIM / 2. kAlibi: a bias that falls with the distance.
 enum class Position : int { kNone = 0, kRope = 1, kAlibi = 2 };
+
+/// Of a kv head. Their sums fill the registers: 32 rows of 128 dimensions already spill (192 bytes).
+constexpr int kMostQueryRows = 16;
 
 /// Q, Kv, O: element types in memory. ROW_TILES: query rows of a kv head (group_size * q_len) in units of 8, the N of
 /// the tensor cores' product. WINDOW, SOFT_CAP and POSITION leave their arithmetic out where a model has none.
@@ -50,20 +54,18 @@ struct DecodeTraits {
   /// tile of few bytes costs more time in dependent instructions than on its way. Turned keys leave no registers for
   /// it.
   static constexpr bool kTakesTwo = kStages >= 6 && !kRope;
-  /// Tiles in the ring, the one at hand included. One stage stays empty where a warp takes one tile at a time, as large
-  /// ones: with three of 8 KB on their way to each of eight warps the SM takes no more copies, and a warp that waits to
-  /// start one cannot compute (3 % of 34 MB in pieces of four tiles, 8 % of 69 MB in pieces that go over from one
-  /// request to another; H200).
-  static constexpr int kTilesInRing = kTakesTwo ? kStages : kStages - 1;
   /// Tokens of a stretch of tiles whose page numbers a lane looks up: see KvPipeline. Two where there are registers for
   /// it, so that the ring is filled without a second trip to L2.
   static constexpr int kPagesPerLane = kRowTiles == 1 && !kRope ? 2 : 1;
   static constexpr int kRowChunks = kRowBytes / 16;
-  static constexpr int kMaxRows = 8 * kRowTiles;
 
   /// A row of a partial: HEAD_DIM sums, then m (base-2 exponent units) and l. The padding puts the rows of a
   /// tensor-core fragment into different shared-memory banks and keeps rows 16-byte aligned.
   static constexpr int kPartialStride = kHeadDim + 4;
+
+  /// A warp's, which also takes a partial of as many rows as there are, once its tiles are done with.
+  static constexpr int kRingBytes =
+      std::max<int>(kStages * kStageBytes, kMostQueryRows * kPartialStride * sizeof(float));
 
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256, "head_dim");
   static_assert(!kAlibi || !kSoftCap, "FlashInfer scales ALiBi's logits twice under a soft cap: its kernel's to do");

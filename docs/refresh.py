@@ -241,16 +241,18 @@ def draw_schedule(axes: Any) -> None:
 
 
 def draw_pipeline(axes: Any) -> None:
-    """One warp with three stages: while it computes on one, the copies into the others are under way."""
+    """One warp with two stages: while it computes on one, the copy into the other is under way."""
+    flight, work = 3.0, 1.2
+    ends: list[float] = []
     for tile in range(6):
-        arrives = 3.0 + 1.2 * tile
-        issued = 0.0 if tile < 3 else 3.0 + 1.2 * (tile - 3) + 1.2
-        copied = [(issued, arrives - issued, COPY, f"copy {tile}"), (arrives, 1.2, COMPUTE, f"tile {tile}")]
-        bars(axes, tile % 3, copied)
-    for tile in (6, 7):
-        bars(axes, 3, [(4.2 + 1.2 * (tile - 6), 1.15, PREFETCH, f"ask for {tile}")])
-    names = ["stage 0", "stage 1", "stage 2", "run-ahead\n(into L2 only)"]
-    axes.set(yticks=range(4), yticklabels=names, xlabel="time")
+        issued = 0.0 if tile < 2 else ends[tile - 2]
+        arrives = issued + flight + 0.3 * tile * (tile < 2)
+        begins = max([arrives, *ends[-1:]])
+        ends.append(begins + work)
+        copied = [(issued, arrives - issued, COPY, f"copy {tile}"), (begins, work, COMPUTE, f"tile {tile}")]
+        bars(axes, tile % 2, copied)
+    bars(axes, 2, [(ends[tile], 1.15, PREFETCH, f"ask for {tile + 3}") for tile in (0, 1, 2, 3)])
+    axes.set(yticks=range(3), yticklabels=["stage 0", "stage 1", "run-ahead\n(into L2 only)"], xlabel="time")
     axes.set_xticks([])
     axes.invert_yaxis()
 

@@ -20,6 +20,7 @@ from .shapes import Shape
 
 # What csrc/decode.cu gives a warp's pipeline; the GPU's own answer replaces it where there is one.
 RING_BYTES = 24 << 10
+LARGE_TILE = 8 << 10  # of which it is two
 TILE_TOKENS = 16
 HOPPER_SM_COUNT = {"h100": 132, "h200": 132, "h20": 78}
 HOPPER_L2_BYTES = 50 << 20
@@ -98,11 +99,10 @@ def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -
     if choice.kernel != "fi_prefetch":
         return Explanation(choice, schedule, None, assumed=True)
     tile_bytes = TILE_TOKENS * shape.token_bytes // shape.heads_kv
-    stages = min(max(RING_BYTES // tile_bytes, 3), 8)
     launch = LaunchFacts(
         blocks=blocks,
         warps=warps,
-        stages=stages if stages >= 6 else stages - 1,  # csrc/traits.cuh's kTilesInRing
+        stages=2 if tile_bytes >= LARGE_TILE else min(RING_BYTES // tile_bytes, 8),
         tile_bytes=tile_bytes,
         kv_bytes=shape.kv_bytes,
         l2_bytes=facts.l2_bytes,

@@ -96,8 +96,9 @@ EMULATOR_EXPORT const char* prefetch_kv(const void* q, void* o, float* lse, cons
 
 
 def stage_count(head_dim: int, kv_dtype: torch.dtype) -> int:
-    """What csrc/decode.cu compiles: about 24 KB of ring a warp."""
-    return min(max(24576 // (2 * 16 * head_dim * kv_dtype.itemsize), 3), 8)
+    """What csrc/decode.cu compiles: about 24 KB of ring a warp, or two large tiles."""
+    tile_bytes = 2 * 16 * head_dim * kv_dtype.itemsize
+    return 2 if tile_bytes >= 8192 else min(24576 // tile_bytes, 8)
 
 
 @dataclass

@@ -119,8 +119,8 @@ MAX_SPILLED_BYTES_OF_FIXED_SPLITS = {
 # requests, and for more. A bound, because between two layers of a model the weights push the kernel's instructions out
 # of L2: they come from HBM then, about 1 us for every 1,000 (H200), and back-to-back timings do not show it.
 MOST_INSTRUCTIONS = {
-    BF16: {True: 4_400, False: 4_950},
-    E4M3: {True: 4_900, False: 5_400},
+    BF16: {True: 4_300, False: 4_850},
+    E4M3: {True: 4_850, False: 5_400},
 }
 
 
@@ -404,4 +404,5 @@ def test_the_default_launch_fits_and_keeps_hbm_busy(variant, rows):
     warps, shared_bytes, stages = plan[1], plan[2], plan[7]
     assert shared_bytes <= 227 * 1024
     tile_bytes = 2 * 16 * head_dim * variant.dtype_kv.itemsize
-    assert warps * stages * tile_bytes >= 64 << 10  # on its way; four times an H200's share of HBM at 1 us
+    # On its way while one tile a warp is computed on; twice an H200's share of HBM at 1 us.
+    assert warps * (stages - 1) * tile_bytes >= 64 << 10

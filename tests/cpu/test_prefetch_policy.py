@@ -7,8 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fi_prefetch.prefetch import (
-    ALWAYS,
-    EARLY_LOAD_BYTES_PER_WARP,
     MIB,
     NAMED_POLICIES,
     PROLOGUE_KV_BYTES,
@@ -126,7 +124,7 @@ def test_fixed_splits_bring_nothing_into_l2(policy, launch, pdl):
     assert plan.prologue == 0 and not plan.early_load
     if pdl:
         assert "prologue 0: the batch-invariant kernel starts with the dependency wait" in plan.reason
-        if policy.early_load:
+        if policy.early_load is True:
             assert "early load off: the batch-invariant kernel starts with the dependency wait" in plan.reason
     assert plan.run_ahead == plan.demand_bytes == 0
     # The hint is what it is without.
@@ -136,13 +134,8 @@ def test_fixed_splits_bring_nothing_into_l2(policy, launch, pdl):
 
 @given(policies, launches, st.booleans())
 def test_early_load_only_on_a_promise(policy, launch, pdl):
-    early_load = resolve(policy, launch, pdl).early_load
     allowed = pdl and launch.ready == "all_but_last_token" and not launch.fixed_split
-    assert (early_load > 0) == (allowed and policy.early_load is not False)
-    if early_load and policy.early_load == "auto":
-        assert early_load == 1 or early_load * launch.tile_bytes <= EARLY_LOAD_BYTES_PER_WARP
-    elif early_load:
-        assert early_load == ALWAYS
+    assert resolve(policy, launch, pdl).early_load == (allowed and policy.early_load is True)
 
 
 @given(launches, st.booleans())
@@ -185,18 +178,13 @@ def test_auto_follows_the_measurements():
         (None, PROLOGUE_TILES),
     ):
         plan = resolve(auto, H100._replace(kv_bytes=kv_bytes), pdl=True)
-        assert (plan.prologue, plan.early_load, plan.streaming_hint) == (prologue, 0, True), kv_bytes
-    # Which of the prologue and early load a call gets the kernel decides, by what a warp has to read.
+        assert (plan.prologue, plan.early_load, plan.streaming_hint) == (prologue, False, True), kv_bytes
+    # In layers early load is slower than the prologue, whatever is promised.
     promise = H100._replace(ready="all_but_last_token")
-    for tile_bytes, tiles in ((8192, 4), (4096, 8), (16384, 2), (65536, 1)):
-        for kv_bytes in (MIB, None):
-            promised = resolve(auto, promise._replace(tile_bytes=tile_bytes, kv_bytes=kv_bytes), pdl=True)
-            assert promised.early_load == tiles
-    assert resolve(auto, promise, pdl=True).prologue == PROLOGUE_TILES
+    promised = resolve(auto, promise, pdl=True)
+    assert (promised.early_load, promised.prologue) == (False, PROLOGUE_TILES)
     named = resolve(PrefetchPolicy(prologue=2, early_load=True), promise, pdl=True)
-    assert (named.early_load, named.prologue) == (ALWAYS, 2)
-    kept_back = resolve(PrefetchPolicy(early_load=False), promise, pdl=True)
-    assert (kept_back.early_load, kept_back.prologue) == (0, PROLOGUE_TILES)
+    assert (named.early_load, named.prologue) == (True, 2)
 
 
 def test_the_paper_over_budget_shrinks_to_nothing():
@@ -224,11 +212,14 @@ def test_reasons_have_numbers():
     promised = resolve(PrefetchPolicy(early_load=True, streaming_hint=True), promise, pdl=True)
     for part in ("prologue 1", "early load on: the policy says so", "streaming hint on: the policy says so"):
         assert part in promised.reason
-    by_the_kernel = "early load on: instead of the prologue where a warp has at most 4 tiles"
-    assert by_the_kernel in resolve(PrefetchPolicy(), promise, pdl=True).reason
+    assert "early load off: in a model's layers" in resolve(PrefetchPolicy(), promise, pdl=True).reason
+    # What cut a distance is named, and nothing else.
     cut = resolve(PrefetchPolicy(prologue=9), H100, pdl=True)
-    limits = "budget 25.00 MiB is 3 tiles a warp; a warp reads at most 4; before the wait a warp knows the pages of 4"
+    limits = "budget 25.00 MiB is 3 tiles a warp; a warp reads at most 4; run-ahead"
     assert cut.prologue == 3 and f"prologue 3: the policy says so, {limits}" in cut.reason
+    cut = resolve(PrefetchPolicy(prologue=9), H100._replace(stretch_tiles=2), pdl=True)
+    limits = "before the wait a warp knows the pages of 2 tiles; run-ahead"
+    assert cut.prologue == 2 and f"prologue 2: the policy says so, {limits}" in cut.reason
 
 
 def test_empty_batch():

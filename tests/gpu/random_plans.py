@@ -421,12 +421,11 @@ def truth(inputs: Inputs) -> Truth:
 
     # float32 sums of `dim` products, whatever their order, and the instructions' approximations of exp2.
     logit_error = 4e-6 * (1 + abs(scale) * case.dim)
-    product = "f16" if case.kv in ("e4m3", "e5m2") else case.q
-    weight_error = torch.finfo(DTYPES[product]).eps / 2 + 2 * logit_error + 2e-5
+    weight_error = inputs.weight_rounding + 2 * logit_error + 2e-5
     out_rounding = torch.finfo(inputs.o_dtype).eps / 2
     smallest = torch.finfo(inputs.o_dtype).smallest_normal * out_rounding
     # Weights below 2^-25 of the greatest are none in half; their signs and those of their values are random.
-    lost = 2.0**-22 * max(case.lens, default=0) ** 0.5 * abs(v_scale) if product == "f16" else 0.0
+    lost = 2.0**-22 * max(case.lens, default=0) ** 0.5 * abs(v_scale) if inputs.weight_rounding < 1e-3 else 0.0
     error = 1.01 * (out_rounding * out.abs() + weight_error * magnitude) + 2 * smallest + lost + 1e-7
 
     def by_row(x: torch.Tensor) -> torch.Tensor:
@@ -434,7 +433,8 @@ def truth(inputs: Inputs) -> Truth:
         order = x.view(batch, heads_kv, q_len, group, *rest).transpose(1, 2)
         return order.reshape(batch * q_len, heads_q, *rest)
 
-    return Truth(by_row(out), by_row(lse), by_row(error), harness.LSE_FLOOR + 2 * logit_error)
+    lse_error = harness.LSE_FLOOR + 2 * logit_error + LOG2E * inputs.weight_rounding
+    return Truth(by_row(out), by_row(lse), by_row(error), lse_error)
 
 
 # ---- running a session ---------------------------------------------------------------------------------------------
