@@ -395,6 +395,24 @@ def test_no_content_of_the_page_table_reads_outside_the_cache():
         emulated.emulator.call(lib, "decode", *call, problem.blocks, problem.warps, seed, 3, None)
 
 
+@pytest.mark.parametrize("ready", [1, 2])
+def test_a_broken_promise_ends_inside_the_cache_all_the_same(ready):
+    """The last request grows against a promise, while the kernel for many requests has cut the line without that."""
+    for seed in range(4):
+        problem = make_problem(
+            [40] * 40, heads_q=8, heads_kv=2, page_size=16, levers=(1, 2, 1, ready, 0), seed=seed, min_tiles=0
+        )
+
+        def grow(problem=problem):
+            problem.indptr[1:-1] = 0
+            problem.last_page_len.fill_(16)
+
+        lib = emulated.library(problem)
+        call, memory, *_ = emulated.arguments(problem)
+        emulated.emulator.register(lib, *memory)
+        emulated.emulator.call(lib, "decode", *call, problem.blocks, problem.warps, seed, 3, grow)
+
+
 def test_matrices_are_read_without_bank_conflicts():
     for options in ({"head_dim": 64, "kv_dtype": E4M3}, {"head_dim": 64}, {"kv_dtype": E4M3}, {}, {"head_dim": 256}):
         _, _, lib = emulated.run(make_problem([100], **options))
