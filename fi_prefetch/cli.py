@@ -86,11 +86,15 @@ def one_line(*kinds: type[Exception]) -> Iterator[None]:
         raise click.ClickException(str(error)) from error
 
 
+def was_given(name: str) -> bool:
+    """Whether an option stands on the command line."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
 def refuse(names: Collection[str], why: str) -> None:
     """A usage error for the first of these options that was given: it would change nothing."""
-    context = click.get_current_context()
-    for option in context.command.params:
-        if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+    for option in click.get_current_context().command.params:
+        if option.name in names and was_given(option.name):
             raise click.UsageError(f"{option.opts[0]}: {why}")
 
 
@@ -488,6 +492,7 @@ def shape_options(command: Any) -> Any:
                 type=click.Choice(("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")),
                 default="bfloat16",
                 show_default=True,
+                help="With a grid: of all its shapes.",
             ),
         )
     ):
@@ -521,8 +526,13 @@ def _named_shapes(options: dict[str, Any]) -> tuple[list[Any], bool]:
     refuse(MODEL_OPTIONS, "it needs --model")
     if not options["heads"]:
         refuse(HEADS_OPTIONS, "it needs --heads")
-        refuse(("page", "kv_dtype"), "it needs --model or --heads")
-        return GRIDS[options["grid"]](), True
+        refuse(("page",), "it needs --model or --heads")
+        of_grid = GRIDS[options["grid"]]()
+        if was_given("kv_dtype"):
+            kv_dtype = options["kv_dtype"]
+            q_dtype = query_dtype(kv_dtype)
+            of_grid = list(dict.fromkeys(replace(shape, q_dtype=q_dtype, kv_dtype=kv_dtype) for shape in of_grid))
+        return of_grid, True
     refuse(("grid",), "--heads excludes it")
     if not options["lens"]:
         raise click.UsageError("--heads needs --lens")
@@ -608,7 +618,7 @@ def bench(kind: str, **options: Any) -> None:
     from .bench.environment import require_gpu as gpu_facts
 
     job = _job(kind, shapes, options)
-    standard = whole_grid and options["grid"] != "small"
+    standard = whole_grid and options["grid"] != "small" and not was_given("kv_dtype")
     if standard or kind not in ("grid", "prefetch"):
         output = options["output"] or results_folder(gpu_facts().key) / f"{kind}.json"
     else:

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from fi_prefetch import __version__, cli, evidence, gpu_check, jit, tune
 from fi_prefetch.bench import environment, kernels, runner, tuning
-from fi_prefetch.bench.shapes import MODELS, Shape, parse_lens
+from fi_prefetch.bench.shapes import GRIDS, MODELS, Shape, parse_lens
 from fi_prefetch.device import describe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,13 +232,22 @@ def test_a_prediction_is_marked_as_one() -> None:
         (("--lens", "8x1K"), "--lens: it needs --heads"),
         (("--batch", "8"), "--batch: it needs --model"),
         (("--heads", "32/8", "--lens", "8x1K", "--batch", "8"), "--batch: it needs --model"),
-        (("--kv-dtype", "float8_e4m3fn"), "--kv-dtype: it needs --model or --heads"),
+        (("--page", "16"), "--page: it needs --model or --heads"),
         (("--grid", "small", "--model", "llama-3-8b"), "--grid: --model excludes it"),
         (("--output", "a.json"), "--output: --estimate measures nothing"),
     ],
 )
 def test_shapes_that_are_none_are_refused(arguments: tuple[str, ...], message: str) -> None:
     assert message in fail("bench", "--estimate", "h200", *arguments)
+
+
+@pytest.mark.parametrize("grid", ["basic", "full"])
+def test_a_grid_in_another_kv_dtype(grid: str) -> None:
+    """Each of its shapes once: the full grid has them in bf16 and in fp8."""
+    text = succeed("bench", "--estimate", "h200", "--grid", grid, "--kv-dtype", "float8_e4m3fn")
+    rows = [line for line in text.splitlines() if line.startswith("│")]
+    shapes = {replace(shape, q_dtype="bfloat16", kv_dtype="float8_e4m3fn") for shape in GRIDS[grid]()}
+    assert len(rows) == len(shapes)
 
 
 def test_what_our_kernel_does_not_serve_is_not_predicted_for_it() -> None:
