@@ -820,7 +820,7 @@ def test_gpu_levers_follow_the_plan(gpu, half_batch):
         wrapper.plan(half_batch.indptr, indices, half_batch.last_page_len, *half_batch.shape, **half_batch.dtypes)
         wrapper.run(half_batch.q, half_batch.cache)
         codes = module.calls[-1][1][1]
-        assert codes == wrapper.prefetch_plan.codes() and codes[1:3] == [prologue, 8]
+        assert codes == wrapper.prefetch_plan.codes() and codes[1:3] == [prologue, 0]
 
 
 def test_gpu_plans_of_a_long_life_are_forgotten(gpu, make_batch, dense_decode, monkeypatch):
