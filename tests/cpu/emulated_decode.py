@@ -222,10 +222,10 @@ def arguments(problem: Problem):
     return call, memory, o, lse, counters, (o_buffer, lse_buffer, partials_buffer)
 
 
-def run(problem: Problem):
-    """(o, lse, library). Raises where the kernel breaks a rule, leaves a counter set or writes beyond its tensors."""
+def launch(problem: Problem):
+    """(library, o, lse, counters, buffers), whatever the answer is. Raises where the kernel breaks a rule."""
     lib = library(problem)
-    call, memory, o, lse, counters, buffers = arguments(problem)
+    call, memory, *written = arguments(problem)
     emulator.register(lib, *memory)
     grid = (problem.blocks, problem.warps, problem.seed, problem.resident)
     if problem.split_tiles is None:
@@ -233,6 +233,12 @@ def run(problem: Problem):
     else:
         splits = (problem.split_tiles, problem.most_splits)
         emulator.call(lib, "fixed_split", *call, *grid, *splits, problem.dependencies_end)
+    return lib, *written
+
+
+def run(problem: Problem):
+    """(o, lse, library). Raises where the kernel breaks a rule, leaves a counter set or writes beyond its tensors."""
+    lib, o, lse, counters, buffers = launch(problem)
     assert not counters.any(), f"counters left at {counters.tolist()}"
     for buffer in buffers:
         assert buffer[:64].isnan().all() and buffer[-64:].isnan().all(), "a guard area was written"

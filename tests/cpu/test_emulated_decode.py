@@ -389,28 +389,25 @@ def test_no_content_of_the_page_table_reads_outside_the_cache():
         problem = make_problem([130, 5, 0, 77], heads_q=8, heads_kv=2, page_size=4, levers=(1, 2, 0, 0, 0), seed=seed)
         for x in (problem.indptr, problem.indices, problem.last_page_len):
             x.copy_(torch.randint(-(2**31), 2**31 - 1, x.shape, dtype=torch.int64, generator=generator).int())
-        lib = emulated.library(problem)
-        call, memory, *_ = emulated.arguments(problem)
-        emulated.emulator.register(lib, *memory)
-        emulated.emulator.call(lib, "decode", *call, problem.blocks, problem.warps, seed, 3, None)
+        problem.seed = seed
+        emulated.launch(problem)
 
 
-@pytest.mark.parametrize("ready", [1, 2])
-def test_a_broken_promise_ends_inside_the_cache_all_the_same(ready):
+@pytest.mark.parametrize("early_load, ready", [(0, 1), (0, 2), (1, 2)])
+def test_a_broken_promise_ends_inside_the_cache_all_the_same(early_load, ready):
     """The last request grows against a promise, while the kernel for many requests has cut the line without that."""
     for seed in range(4):
         problem = make_problem(
-            [40] * 40, heads_q=8, heads_kv=2, page_size=16, levers=(1, 2, 1, ready, 0), seed=seed, min_tiles=0
+            [40] * 40, heads_q=8, heads_kv=2, page_size=16, levers=(1, 2, early_load, ready, 0), seed=seed, min_tiles=0
         )
+        problem.seed = seed
 
         def grow(problem=problem):
             problem.indptr[1:-1] = 0
             problem.last_page_len.fill_(16)
 
-        lib = emulated.library(problem)
-        call, memory, *_ = emulated.arguments(problem)
-        emulated.emulator.register(lib, *memory)
-        emulated.emulator.call(lib, "decode", *call, problem.blocks, problem.warps, seed, 3, grow)
+        problem.dependencies_end = grow
+        emulated.launch(problem)
 
 
 def test_matrices_are_read_without_bank_conflicts():

@@ -105,10 +105,10 @@ def test_several_query_tokens(group, q_len):
 
 @pytest.mark.parametrize("ready", ["nothing", "page_table", "all_but_last_token"])
 def test_promises(ready):
-    for early_load in (False, True):
+    for early_load in ("auto", False, True):
         policy = fi_prefetch.PrefetchPolicy(early_load=early_load)
         wrapper = assert_wrapper_is_right(make_batch([40, 1, 130], dtype=BF16), ready=ready, prefetch=policy)
-        assert wrapper.prefetch_plan.early_load == (early_load and ready == "all_but_last_token")
+        assert wrapper.prefetch_plan.early_load == (early_load is True and ready == "all_but_last_token")
 
 
 def test_one_wrapper_over_many_plans():

@@ -40,6 +40,7 @@ DIRECT_FP8 = {("bf16", "e4m3", 128)}
 
 ERROR_FACTOR = 1.1
 LSE_FLOOR = 2e-4
+LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,14 @@ class Inputs:
         return DTYPES[self.case.o or self.case.q]
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the weights that multiply V."""
+        return torch.float16 if self.k.dtype.itemsize == 1 else self.q.dtype
+
+    @property
     def weight_rounding(self) -> float:
-        """By how much of itself a weight may be rounded before it multiplies V."""
-        return torch.finfo(DTYPES["f16" if self.case.kv in ("e4m3", "e5m2") else self.case.q]).eps / 2
+        """By how much of itself a weight may be rounded."""
+        return torch.finfo(self.weight_dtype).eps / 2
 
     @property
     def rows_with_kv(self) -> torch.Tensor:
@@ -335,7 +341,7 @@ def flashinfer_answer(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 def with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """An output and its LSE (base 2), once a logit `sinks[head]` without a value joins the softmax."""
-    joined = torch.logaddexp2(lse, sinks * math.log2(math.e))
+    joined = torch.logaddexp2(lse, sinks * LOG2E)
     return (out.float() * torch.exp2(lse - joined)[..., None]).to(out.dtype), joined
 
 
@@ -470,7 +476,7 @@ def assert_close(
     lse_error = float((lse[rows] - expected_lse[rows]).abs().max())
     their_lse_error = float((their_lse - expected_lse[rows]).abs().max())
     # Of rounded weights, as FlashInfer's: with few of them chance decides whose sum is further off.
-    limit = max(ERROR_FACTOR * their_lse_error, math.log2(math.e) * inputs.weight_rounding) + LSE_FLOOR
+    limit = max(ERROR_FACTOR * their_lse_error, LOG2E * inputs.weight_rounding) + LSE_FLOOR
     assert lse_error <= limit, f"LSE off by {lse_error:.3e}, FlashInfer's {their_lse_error:.3e}"
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import random
 import sys
 import time
@@ -28,14 +27,13 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from harness import DTYPES, Case, Guarded, Inputs
+from harness import DTYPES, LOG2E, Case, Guarded, Inputs
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 import fi_prefetch
 
-LOG2E = math.log2(math.e)
 CHUNK = 32  # tokens that the reference takes in one go
 CASES_A_SESSION = 10
 MOST_ELEMENTS = 1 << 24  # of K; more requests than fit are left out
@@ -425,7 +423,7 @@ def truth(inputs: Inputs) -> Truth:
     out_rounding = torch.finfo(inputs.o_dtype).eps / 2
     smallest = torch.finfo(inputs.o_dtype).smallest_normal * out_rounding
     # Weights below 2^-25 of the greatest are none in half; their signs and those of their values are random.
-    lost = 2.0**-22 * max(case.lens, default=0) ** 0.5 * abs(v_scale) if inputs.weight_rounding < 1e-3 else 0.0
+    lost = 2.0**-22 * max(case.lens, default=0) ** 0.5 * abs(v_scale) if inputs.weight_dtype is torch.float16 else 0.0
     error = 1.01 * (out_rounding * out.abs() + weight_error * magnitude) + 2 * smallest + lost + 1e-7
 
     def by_row(x: torch.Tensor) -> torch.Tensor:
