@@ -443,7 +443,7 @@ void launch_attention(const Launch& l, int device, const DecodeParams& p, const 
   if constexpr (kFixedSplit) {
     const FixedSplitParams fixed{static_cast<uint32_t>(plan.tiles), static_cast<uint32_t>(splits)};
     launch<fixed_split_kernel<Traits<ROW_TILES>>>(l, device, p, fixed);
-  } else if (p.table.batch_size <= kFewRequests) {
+  } else if (p.table.batch_size <= kMostFewRequests) {
     launch<decode_kernel<Traits<ROW_TILES, /*FEW_REQUESTS=*/true>>>(l, device, p);
   } else {
     launch<decode_kernel<Traits<ROW_TILES>>>(l, device, p);

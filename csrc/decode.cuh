@@ -233,6 +233,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   // guess: no more than hints and copies into the ring follow from it until it was compared with what is there after
   // the wait.
   const bool is_final = p.levers.ready != kNothing;
+  const bool early_load = p.levers.early_load > 0;
   bool finished = true;  // the kernels before this one
   bool keep_late = false;
   bool before_wait = p.dependent_launch && (is_final || ScanOf<T>::can_compare(p));
@@ -247,7 +248,6 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     work = Work<T>(p, scan);
     pipeline.start(piece.first, piece.count, scan.of_this_lane());
     const bool verify = before_wait && !is_final;
-    const bool early_load = p.levers.early_load > 0;
     if (before_wait && !early_load) pipeline.prefetch_head(p.levers.prologue);
 
     shared.left_shares[warp] = shared.right_shares[warp] = {};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -476,7 +477,7 @@ def test_a_layers_attention_is_checked_before_it_is_timed(monkeypatch: pytest.Mo
     monkeypatch.setitem(MODELS, "tiny", model)
     monkeypatch.setattr(layer.kernels, "module", lambda: SimpleNamespace(rope_and_write=rope_and_write))
     monkeypatch.setattr(layer, "capture", lambda step: step)
-    monkeypatch.setattr(layer, "time_graph", lambda step, calls: step() or Timing(20.0, 0.0))
+    monkeypatch.setattr(layer, "time_graph", lambda step, calls, replays: step() or Timing(20.0, 0.0))
 
     def prepare(inputs: DecodeInputs, factor: float = 1.0) -> Any:
         wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(torch.zeros(64, dtype=torch.uint8))
@@ -506,6 +507,20 @@ def test_a_layers_attention_is_checked_before_it_is_timed(monkeypatch: pytest.Mo
     assert all(row["us"][name] == 20.0 for name in layer.VARIANTS)
     assert row["missing"] == {"fa3": "relative error 0.2", "flashinfer_fa2": "relative error inf"}
     assert row["us"]["fa3"] is row["us"]["flashinfer_fa2"] is row["attention_us"]["fa3"] is None
+
+
+def test_a_layers_variants_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that gets slower by 1 % a turn slows all alike, and a graph that lies badly is one of several."""
+    clock = itertools.count()
+    monkeypatch.setattr(layer, "capture", lambda step: next(graphs))
+    monkeypatch.setattr(layer, "time_graph", lambda graph, calls, replays: Timing(graph + next(clock) // 6, 0.0))
+    graphs = itertools.count(100)
+    first, second = layer.Steps(lambda: None), layer.Steps(lambda: None)
+    for _ in range(layer.Steps.TURNS):
+        for each in (first, second):
+            each.take_turn()
+    assert first.timing() == Timing(102.0, pytest.approx(2 / 101))
+    assert second.timing().us - first.timing().us == 3.0, "only their graphs differ"
 
 
 # ---- summaries -----------------------------------------------------------------------------------------------------
