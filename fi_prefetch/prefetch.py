@@ -133,7 +133,7 @@ _FORMAT = (
 
 
 def stretch_tiles(query_rows: int, rotary: bool) -> int:
-    """Tiles whose page numbers a warp loads at once: csrc/pipeline.cuh's KvPipeline::kStretch.
+    """Tiles whose page numbers a warp loads at once: csrc/row_copies.cuh's RowCopies::kStretch.
 
     Args:
         query_rows: of a kv head, group size times query tokens a request.
