@@ -102,6 +102,7 @@ class TensorCopies {
     const uint32_t barrier = barriers_ + oldest_ * sizeof(Run), parity = parities_ >> oldest_ & 1;
     while (!__all_sync(kFullWarp, ptx::barrier_passed(barrier, parity))) {
     }
+    __syncwarp();  // a vote orders no memory
     if (rows < kTileTokens) clear_values(oldest_, rows);
     parities_ ^= 1u << oldest_;
     oldest_ = oldest_ + 1 == T::kStages ? 0 : oldest_ + 1;

@@ -128,7 +128,7 @@ class Steps:
     1.7 us (H200).
     """
 
-    GRAPHS = 3
+    GRAPHS = 2
     TURNS = 3
     REPLAYS = 9  # a turn
 

@@ -510,17 +510,17 @@ def test_a_layers_attention_is_checked_before_it_is_timed(monkeypatch: pytest.Mo
 
 
 def test_a_layers_variants_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that gets slower by 1 % a turn slows all alike, and a graph that lies badly is one of several."""
-    clock = itertools.count()
+    """A GPU that gets slower by 1 us a turn slows all alike, and a graph that lies badly is one of several."""
+    graphs, clock = itertools.count(100), itertools.count()
+    number = layer.Steps.GRAPHS
     monkeypatch.setattr(layer, "capture", lambda step: next(graphs))
-    monkeypatch.setattr(layer, "time_graph", lambda graph, calls, replays: Timing(graph + next(clock) // 6, 0.0))
-    graphs = itertools.count(100)
+    monkeypatch.setattr(layer, "time_graph", lambda graph, *_: Timing(graph + next(clock) // (2 * number), 0.0))
     first, second = layer.Steps(lambda: None), layer.Steps(lambda: None)
     for _ in range(layer.Steps.TURNS):
         for each in (first, second):
             each.take_turn()
-    assert first.timing() == Timing(102.0, pytest.approx(2 / 101))
-    assert second.timing().us - first.timing().us == 3.0, "only their graphs differ"
+    assert first.timing() == Timing(101 + (number - 1) / 2, pytest.approx((layer.Steps.TURNS - 1) / 101))
+    assert second.timing().us - first.timing().us == number, "only their graphs differ"
 
 
 # ---- summaries -----------------------------------------------------------------------------------------------------
