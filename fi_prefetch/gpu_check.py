@@ -22,10 +22,6 @@ SOAK_SCRIPT = "tests/gpu/soak.py"
 # Only kernels with this in their name are instrumented: PyTorch's are not in question, and slow under a tool.
 KERNEL_SUBSTRING = "fi_prefetch"
 _FILTER_OPTIONS = ("--kernel-regex", "--kernel-name", "--filter")
-# How many barriers in shared memory a block makes, for synccheck. Left to itself it goes by how often the code makes
-# one, where ours makes a warp's two at one place: it runs out of room, and the kernel ends with a launch failure.
-_BARRIER_OPTION = "--num-cuda-barriers"
-_BARRIERS = 64
 
 # What a tool prints at its end: memcheck, synccheck and initcheck the first, racecheck the second.
 _ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error")
@@ -103,22 +99,13 @@ def sanitizer_path() -> str:
 
 
 @functools.cache
-def _help(sanitizer: str) -> str:
-    answer = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False)
-    return answer.stdout + answer.stderr
-
-
 def kernel_filter(sanitizer: str) -> tuple[str, ...]:
     """The option that limits instrumentation to our kernels, by the name this release of the tool has for it."""
+    answer = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False)
     for option in _FILTER_OPTIONS:
-        if option in _help(sanitizer):
+        if option in answer.stdout + answer.stderr:
             return (option, f"kns={KERNEL_SUBSTRING}")
     return ()
-
-
-def barrier_room(sanitizer: str, tool: str) -> tuple[str, ...]:
-    """The option for as many barriers in shared memory as our kernels make, where the tool has one."""
-    return (_BARRIER_OPTION, str(_BARRIERS)) if tool == "synccheck" and _BARRIER_OPTION in _help(sanitizer) else ()
 
 
 def run_sanitizer(root: Path, tool: str, echo: Echo) -> Counts:
@@ -130,8 +117,8 @@ def run_sanitizer(root: Path, tool: str, echo: Echo) -> Counts:
         # written before.
         command = [sanitizer, "--tool", tool, sys.executable, SANITIZE_SCRIPT, "--initcheck"]
         return _counted(parse, command, root, echo, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    options = (*kernel_filter(sanitizer), *barrier_room(sanitizer, tool))
-    return _counted(parse, [sanitizer, "--tool", tool, *options, sys.executable, SANITIZE_SCRIPT], root, echo)
+    command = [sanitizer, "--tool", tool, *kernel_filter(sanitizer), sys.executable, SANITIZE_SCRIPT]
+    return _counted(parse, command, root, echo)
 
 
 def parse_sanitizer(tool: str, output: str) -> Counts:

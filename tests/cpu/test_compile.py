@@ -109,10 +109,13 @@ MAX_SPILLED_BYTES = {
     "ROPE_LLAMA": {(128, 2): 80, (256, 1): 64, (256, 2): 656},
 }
 # The same of the batch-invariant kernel, whose loop over splits keeps its own beside the 32 rows that a merge has on
-# their way. The 256 dimensions are those of GPUs before Hopper.
+# their way. Before Hopper, for which it is not tuned, the queries that were loaded stay beside those in use as well.
 MAX_SPILLED_BYTES_OF_FIXED_SPLITS = {
-    "NONE": {(128, 1): 24, (128, 2): 296, (256, 1): 208, (256, 2): 680},
+    "NONE": {(128, 1): 24, (128, 2): 296},
     "ROPE_LLAMA": {(128, 2): 256},
+}
+MAX_SPILLED_BYTES_OF_FIXED_SPLITS_BEFORE_HOPPER = {
+    "NONE": {(128, 1): 168, (128, 2): 704, (256, 1): 472, (256, 2): 992},
 }
 
 # Instructions of the decode kernels on sm_90a at head_dim 128 with one row tile, by the cache's element type: for few
@@ -242,7 +245,10 @@ def test_number_of_instructions(case):
 @every_case
 def test_registers_and_spills(case):
     found = compiled(case)
-    by_position = MAX_SPILLED_BYTES_OF_FIXED_SPLITS if case.variant.fixed_split else MAX_SPILLED_BYTES
+    by_position = MAX_SPILLED_BYTES
+    if case.variant.fixed_split:
+        tuned = case.compute >= 90
+        by_position = MAX_SPILLED_BYTES_OF_FIXED_SPLITS if tuned else MAX_SPILLED_BYTES_OF_FIXED_SPLITS_BEFORE_HOPPER
     allowed = by_position[case.variant.position]
     limits = {size: allowed.get((case.variant.head_dim, size.row_tiles), 0) for size in found.decode}
     for size, kernel in [*found.decode.items(), (None, found.prefetch_kv)]:
