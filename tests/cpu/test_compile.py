@@ -264,6 +264,15 @@ def test_registers_and_spills(case):
     assert found.prefetch_kv is None or found.prefetch_kv.usage["REG"] <= 64
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.values[0].compute >= 90 and not c.values[0].variant.fixed_split]
+)
+def test_all_lanes_of_a_warp_go_one_way(case):
+    """No path for lanes that went another way, of which a loop has many once the compiler cannot follow one branch."""
+    for size, kernel in compiled(case).decode.items():
+        assert kernel.count("BRA", "DIV") == kernel.count("WARPSYNC", "COLLECTIVE") == 0, size
+
+
 @every_case
 def test_no_copy_has_a_descriptor_that_the_gpu_refuses(case):
     """A copy's L2 policy lies in an even pair of uniform registers. ptxas 13.0 also names an odd one where it knows
