@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import itertools
 import json
 import math
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -521,6 +524,19 @@ def test_a_layers_variants_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -
             each.take_turn()
     assert first.timing() == Timing(101 + (number - 1) / 2, pytest.approx((layer.Steps.TURNS - 1) / 101))
     assert second.timing().us - first.timing().us == number, "only their graphs differ"
+
+
+def test_what_a_layers_graphs_read_lives_as_long_as_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "capture", lambda step: None)
+    step = functools.partial(print)  # stands for a call of a wrapper, whose buffers the graphs read
+    held = weakref.ref(step)
+    steps = layer.Steps(step)
+    del step
+    gc.collect()
+    assert held() is not None
+    del steps
+    gc.collect()
+    assert held() is None
 
 
 # ---- summaries -----------------------------------------------------------------------------------------------------
