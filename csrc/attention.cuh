@@ -444,7 +444,7 @@ class WarpAttention {
 #pragma unroll
       for (int t = 0; t < N; ++t) {
         uint32_t r[4];  // tokens 0-7 and 8-15 of the pair's first chunk, then of its second
-        ptx::load_matrix_x4(r, (tiles[t] + matrix_offset_) ^ (pair << 5));
+        ptx::load_matrix_x4(r, TileLayout<T>::pair_address(tiles[t] + matrix_offset_, pair));
         if constexpr (T::kFp8) {
 #pragma unroll
           for (int chunk = 0; chunk < 2; ++chunk) {
@@ -489,8 +489,8 @@ class WarpAttention {
 #pragma unroll
     for (int pair = 0; pair < T::kRowChunks / 4; ++pair) {
       uint32_t low[4], high[4];
-      ptx::load_matrix_x4(low, row_address ^ (pair << 5));
-      ptx::load_matrix_x4(high, row_address ^ ((pair + T::kRowChunks / 4) << 5));
+      ptx::load_matrix_x4(low, TileLayout<T>::pair_address(row_address, pair));
+      ptx::load_matrix_x4(high, TileLayout<T>::pair_address(row_address, pair + T::kRowChunks / 4));
 #pragma unroll
       for (int half = 0; half < 2 * kParts; ++half) {
         const int k = pair * kParts + half / 2, i = half % 2;
@@ -636,7 +636,7 @@ class WarpAttention {
 #pragma unroll
     for (int pair = 0; pair < T::kRowChunks / 2; ++pair) {
       uint32_t r[4];
-      ptx::load_matrix_x4_transposed(r, row_address ^ (pair << 5));
+      ptx::load_matrix_x4_transposed(r, TileLayout<T>::pair_address(row_address, pair));
       if constexpr (T::kFp8) {
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {

@@ -222,7 +222,8 @@ FI_PREFETCH_DEVICE void merge_shares(const DecodeParams& p, const SharedMemory<T
 /// between two layers of a model the weights push it out of L2, and every 1,000 instructions take about 1 us to come
 /// back (H200), those that a call skips included. To see it, measure in layers and not call after call.
 template <typename T>
-__global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ ParamsOf<T> p) {
+  if constexpr (T::kTensorCopies && !ptx::kHasTensorCopies) return;
   const uint32_t warp = warp_index(), warps = warps_per_block();
   const SharedMemory<T> shared(ptx::dynamic_shared_memory(), warps, p.group_size * p.q_len);
   KvPipeline<T> pipeline(p, shared.rings, shared.runs);
@@ -233,6 +234,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   // guess: no more than hints and copies into the ring follow from it until it was compared with what is there after
   // the wait.
   const bool is_final = p.levers.ready != kNothing;
+  const bool early_load = p.levers.early_load > 0;
   bool finished = true;  // the kernels before this one
   bool keep_late = false;
   bool before_wait = p.dependent_launch && (is_final || ScanOf<T>::can_compare(p));
@@ -247,7 +249,6 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     work = Work<T>(p, scan);
     pipeline.start(piece.first, piece.count, scan.of_this_lane());
     const bool verify = before_wait && !is_final;
-    const bool early_load = p.levers.early_load > 0;
     if (before_wait && !early_load) pipeline.prefetch_head(p.levers.prologue);
 
     shared.left_shares[warp] = shared.right_shares[warp] = {};
@@ -262,7 +263,10 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
                     shared);
     }
 
-    if (scan_in_rings) __syncthreads();
+    if (scan_in_rings) {
+      if constexpr (T::kTensorCopies) ptx::fence_tensor_copies();  // the scan before the copies
+      __syncthreads();
+    }
     finished = !early_load || piece.count == 0;
     if (finished) {
       if (before_wait) ptx::wait_for_dependencies();
@@ -314,7 +318,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
       if (i > 0 || keep_late) keep_share<T>(work, run.request, run.head, begin, begin + run.tiles, shared);
       attention.start();
     }
-    pipeline.template wait<T::kTakesTwo ? 2 : 1>(i);
+    pipeline.template wait<T::kTakesTwo ? 2 : 1>(i, run.length - run.token);
     if constexpr (T::kTakesTwo) step = i + 2 <= run_end ? 2 : 1;
     const uint32_t tile = pipeline.tile(stage);
     if (T::kTakesTwo && step == 2) {

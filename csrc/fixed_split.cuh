@@ -59,18 +59,19 @@ FI_PREFETCH_DEVICE void attend_to(const DecodeParams& p, TileCursor<T::kWindow> 
   pipeline.load_second_pages();
   if (count == 0) return;
   attention.load_query(at.request_index, at.head);
+#pragma unroll 1
+  for (int i = 0; i < T::kStages; ++i) pipeline.issue();
+  attention.start();
   uint32_t stage = 0;
   int32_t token = at.token();
 #pragma unroll 1
   for (uint32_t i = 0; i < count; ++i) {
-    __syncwarp();  // all lanes are done with the tile before, whose stage is free
-#pragma unroll 1
-    while (pipeline.issued() < min(count, i + T::kStages)) pipeline.issue();
-    if (i == 0) attention.start();
-    pipeline.template wait<1>(i);
+    pipeline.template wait<1>(i, at.request.length - token);
     attention.template add_tiles<1>({pipeline.tile(stage)}, token, at.request.length);
     token += kTileTokens;
     stage = pipeline.next(stage);
+    __syncwarp();  // all lanes are done with the tile, whose stage is free
+    pipeline.issue();
   }
   pipeline.drain();
   attention.write_partial(partial);

@@ -75,6 +75,7 @@ FI_PREFETCH_DEVICE MergedRow<T> merge_row(const float* base, uint32_t count, uin
   // there is another's, with a weight of 0.
   const uint32_t some = __shfl_sync(kFullWarp, place, __ffs(__ballot_sync(kFullWarp, place != kNoPartial)) - 1);
   const uint32_t from = place == kNoPartial ? some : place;
+  const float* columns = ptx::opaque(base + lane * kVector);
   float max_and_sum[2];
   load_vector<2>(base + from + T::kHeadDim, max_and_sum);
   MergedRow<T> merged;
@@ -89,7 +90,7 @@ FI_PREFETCH_DEVICE MergedRow<T> merge_row(const float* base, uint32_t count, uin
       if (first + part * kPart >= count) break;
 #pragma unroll
       for (int i = part * kPart; i < (part + 1) * kPart; ++i) {
-        load_vector<kVector>(base + __shfl_sync(kFullWarp, from, (first + i) % 32) + lane * kVector, x[i]);
+        load_vector<kVector>(columns + __shfl_sync(kFullWarp, from, (first + i) % 32), x[i]);
       }
     }
     if (first == 0) {  // while the rows are on their way

@@ -6,6 +6,7 @@
 #ifndef FI_PREFETCH_PTX_CUH
 #define FI_PREFETCH_PTX_CUH
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -36,7 +37,8 @@ FI_PREFETCH_DEVICE int32_t opaque(int32_t x) {
 
 /// The same pointer, of which the compiler then knows nothing: it stays one addend of an address instead of being taken
 /// apart into what is uniform and what is not.
-FI_PREFETCH_DEVICE const uint8_t* opaque(const uint8_t* pointer) {
+template <typename T>
+FI_PREFETCH_DEVICE const T* opaque(const T* pointer) {
   asm("" : "+l"(pointer));
   return pointer;
 }
@@ -72,6 +74,111 @@ FI_PREFETCH_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_grou
 template <int PENDING>
 FI_PREFETCH_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// ---- copies of tensors' boxes: cp.async.bulk.tensor (9.7.9.27.1.2) and its prefetch (9.7.9.27.1.3),
+// prefetch.tensormap (9.7.9.15), mbarrier (9.7.13.15); nothing before sm_90, where no such kernel is launched
+// ------------------------------
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasTensorCopies = false;
+#else
+constexpr bool kHasTensorCopies = true;
+#endif
+
+/// Where a box begins in a tensor of five dimensions, the one that is contiguous in memory first.
+struct TensorPlace {
+  int32_t at[5];
+};
+
+/// Brings a tensor's description near the unit that copies.
+FI_PREFETCH_DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
+}
+
+/// Makes a barrier of 8 bytes in shared memory, whose phases end with one arrival and all bytes that were announced.
+FI_PREFETCH_DEVICE void barrier_init(uint32_t barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+#endif
+}
+
+/// The barriers that this thread made are ones for copies too.
+FI_PREFETCH_DEVICE void fence_barrier_init() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+/// What this thread did in shared memory comes before copies of tensors that are started after it.
+FI_PREFETCH_DEVICE void fence_tensor_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/// By one lane, of the whole converged warp: arrives at the barrier, and announces `bytes`.
+FI_PREFETCH_DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n}" ::"r"(barrier),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+
+/// Whether the barrier's phase of that parity has ended; may wait some time for it. What arrived is visible then.
+FI_PREFETCH_DEVICE bool barrier_passed(uint32_t barrier, uint32_t parity) {
+  uint32_t passed = 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(passed)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+#endif
+  return passed;
+}
+
+/// By one lane, of the whole converged warp: starts the copy of a box to shared memory under an L2 eviction policy; its
+/// bytes arrive at the barrier. What is outside of the tensor comes as zeros.
+FI_PREFETCH_DEVICE void copy_tensor(uint32_t destination, const CUtensorMap* map, const TensorPlace& place,
+                                    uint32_t barrier, uint64_t policy) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// The block's own shared memory, by either name. With the second ptxas 13.0 takes sm_120's lanes for ones that may have
+// gone different ways; the first one CUDA 12.4 does not know yet.
+#if __CUDA_ARCH__ >= 1000
+#define FI_PREFETCH_OWN_SHARED "shared::cta"
+#else
+#define FI_PREFETCH_OWN_SHARED "shared::cluster"
+#endif
+  asm volatile(
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one cp.async.bulk.tensor.5d." FI_PREFETCH_OWN_SHARED
+      ".global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;\n}" ::"r"(destination),
+      "l"(map), "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]), "r"(place.at[4]), "r"(barrier),
+      "l"(policy)
+      : "memory");
+#endif
+}
+
+/// By one lane, of the whole converged warp: brings a box into L2.
+FI_PREFETCH_DEVICE void prefetch_tensor(const CUtensorMap* map, const TensorPlace& place) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];\n}" ::"l"(map),
+      "r"(place.at[0]), "r"(place.at[1]), "r"(place.at[2]), "r"(place.at[3]), "r"(place.at[4])
+      : "memory");
+#endif
+}
+
+/// Writes 16 bytes of zeros to shared memory.
+FI_PREFETCH_DEVICE void store_zeros_16(uint32_t address) {
+  asm volatile("st.shared.v4.u32 [%0], {0, 0, 0, 0};" ::"r"(address) : "memory");
 }
 
 // ---- loads: ld, section 9.7.9.8 -------------------------------------------------------------------------------------

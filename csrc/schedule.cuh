@@ -12,7 +12,7 @@ namespace fi_prefetch {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
 /// Requests that every warp keeps in its registers, one a lane.
-constexpr int32_t kFewRequests = 32;
+constexpr int32_t kMostFewRequests = 32;
 
 FI_PREFETCH_DEVICE uint32_t lane_index() { return threadIdx.x % 32; }
 /// A value that is the same in every lane, said so that the compiler knows it. It must know it of every branch that
@@ -125,7 +125,7 @@ struct Location {
   uint32_t offset = 0;
 };
 
-/// The requests, and the running sums of their splits. FEW_REQUESTS: at most kFewRequests, and no warp waits for
+/// The requests, and the running sums of their splits. FEW_REQUESTS: at most kMostFewRequests, and no warp waits for
 /// another. Else they lie in shared memory, 32 a group.
 template <bool WINDOW, bool FEW_REQUESTS>
 class RequestScan {

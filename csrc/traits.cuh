@@ -22,7 +22,7 @@ constexpr int kMostQueryRows = 16;
 /// Q, Kv, O: element types in memory. ROW_TILES: query rows of a kv head (group_size * q_len) in units of 8, the N of
 /// the tensor cores' product. WINDOW, SOFT_CAP and POSITION leave their arithmetic out where a model has none.
 template <typename Q_, typename Kv_, typename O_, int HEAD_DIM_, int ROW_TILES_, int STAGES_, bool WINDOW_,
-          bool SOFT_CAP_, Position POSITION_ = Position::kNone, bool FEW_REQUESTS_ = false>
+          bool SOFT_CAP_, Position POSITION_ = Position::kNone, bool FEW_REQUESTS_ = false, bool TENSOR_COPIES_ = false>
 struct DecodeTraits {
   using Q = Q_;
   using Kv = Kv_;
@@ -38,6 +38,10 @@ struct DecodeTraits {
   /// A batch of at most 32 requests, one a lane. Without the code for more a short call waits less for its
   /// instructions, which come from HBM where other kernels' weights passed through L2 in between.
   static constexpr bool kFewRequests = FEW_REQUESTS_;
+
+  /// Whether tiles are copied whole (TensorCopies) and not row by row (RowCopies): where a tile's tokens are of one
+  /// page.
+  static constexpr bool kTensorCopies = TENSOR_COPIES_;
 
   static constexpr bool kFp8 = sizeof(Kv) == 1;
   /// The types of the products. fp8 becomes half, which holds every e4m3 and e5m2 number and keeps three more bits of P
@@ -58,6 +62,7 @@ struct DecodeTraits {
   /// it, so that the ring is filled without a second trip to L2.
   static constexpr int kPagesPerLane = kRowTiles == 1 && !kRope ? 2 : 1;
   static constexpr int kRowChunks = kRowBytes / 16;
+  static constexpr int kColumnBytes = std::min(kRowBytes, 128);  // see TileLayout
 
   /// A row of a partial: HEAD_DIM sums, then m (base-2 exponent units) and l. The padding puts the rows of a
   /// tensor-core fragment into different shared-memory banks and keeps rows 16-byte aligned.

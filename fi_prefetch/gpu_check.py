@@ -22,6 +22,10 @@ SOAK_SCRIPT = "tests/gpu/soak.py"
 # Only kernels with this in their name are instrumented: PyTorch's are not in question, and slow under a tool.
 KERNEL_SUBSTRING = "fi_prefetch"
 _FILTER_OPTIONS = ("--kernel-regex", "--kernel-name", "--filter")
+# Room for barriers in shared memory, for synccheck. With what it finds by itself, and with 64 (a block of ours makes 16),
+# it runs out of room after some dozens of launches, and ends a kernel with a launch failure.
+_BARRIER_OPTION = "--num-cuda-barriers"
+_BARRIERS = 1 << 16
 
 # What a tool prints at its end: memcheck, synccheck and initcheck the first, racecheck the second.
 _ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error")
@@ -99,13 +103,22 @@ def sanitizer_path() -> str:
 
 
 @functools.cache
+def _help(sanitizer: str) -> str:
+    answer = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False)
+    return answer.stdout + answer.stderr
+
+
 def kernel_filter(sanitizer: str) -> tuple[str, ...]:
     """The option that limits instrumentation to our kernels, by the name this release of the tool has for it."""
-    answer = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False)
     for option in _FILTER_OPTIONS:
-        if option in answer.stdout + answer.stderr:
+        if option in _help(sanitizer):
             return (option, f"kns={KERNEL_SUBSTRING}")
     return ()
+
+
+def barrier_room(sanitizer: str, tool: str) -> tuple[str, ...]:
+    """The option for as many barriers in shared memory as our kernels make, where the tool has one."""
+    return (_BARRIER_OPTION, str(_BARRIERS)) if tool == "synccheck" and _BARRIER_OPTION in _help(sanitizer) else ()
 
 
 def run_sanitizer(root: Path, tool: str, echo: Echo) -> Counts:
@@ -117,8 +130,8 @@ def run_sanitizer(root: Path, tool: str, echo: Echo) -> Counts:
         # written before.
         command = [sanitizer, "--tool", tool, sys.executable, SANITIZE_SCRIPT, "--initcheck"]
         return _counted(parse, command, root, echo, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    command = [sanitizer, "--tool", tool, *kernel_filter(sanitizer), sys.executable, SANITIZE_SCRIPT]
-    return _counted(parse, command, root, echo)
+    options = (*kernel_filter(sanitizer), *barrier_room(sanitizer, tool))
+    return _counted(parse, [sanitizer, "--tool", tool, *options, sys.executable, SANITIZE_SCRIPT], root, echo)
 
 
 def parse_sanitizer(tool: str, output: str) -> Counts:

@@ -133,7 +133,7 @@ _FORMAT = (
 
 
 def stretch_tiles(query_rows: int, rotary: bool) -> int:
-    """Tiles whose page numbers a warp loads at once: csrc/pipeline.cuh's KvPipeline::kStretch.
+    """Tiles whose page numbers a warp loads at once: csrc/row_copies.cuh's RowCopies::kStretch.
 
     Args:
         query_rows: of a kv head, group size times query tokens a request.
@@ -299,8 +299,8 @@ def _asked_run_ahead(policy: PrefetchPolicy, facts: LaunchFacts, in_flight: int)
 
 def _resolve_early_load(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -> tuple[bool, str]:
     if policy.early_load == "auto":
-        # Back to back it saves up to 1.7 us more than the prologue. In layers its copies are in the way of the kernel
-        # before and of the queries that this has just written: up to 1.3 us slower (H200, layer.json).
+        # Back to back it mostly saves up to 1.1 us more than the prologue (H200, prefetch.json). In layers it gets in
+        # the way of the kernel before and of the queries that it has just written: up to 1.3 us slower (layer.json).
         return False, "in a model's layers the prologue is faster"
     if not policy.early_load:
         return False, "the policy says so"

@@ -21,10 +21,11 @@ SOURCE = r"""
 #include "decode.cuh"
 #include "fixed_split.cuh"
 #include "prefetch_kv.cuh"
+#include "tensor_maps.cuh"
 using namespace fi_prefetch;
-template <bool FEW_REQUESTS>
+template <bool FEW_REQUESTS, bool TENSOR_COPIES = false>
 using Traits = DecodeTraits<TEST_Q, TEST_KV, TEST_O, TEST_HEAD_DIM, TEST_ROW_TILES, TEST_STAGES, TEST_WINDOW,
-                            TEST_SOFT_CAP, Position{TEST_POSITION}, FEW_REQUESTS>;
+                            TEST_SOFT_CAP, Position{TEST_POSITION}, FEW_REQUESTS, TENSOR_COPIES>;
 using T = Traits<false>;
 
 static KvTensor tensor(const uint8_t* data, const int64_t* strides) {
@@ -61,10 +62,19 @@ EMULATOR_EXPORT const char* decode(const void* q, void* o, float* lse, const flo
                                    void (*dependencies_end)()) {
   const DecodeParams p = params(q, o, lse, sinks, k, v, indptr, indices, last_page_len, partials, counters, n, x);
   uint32_t bytes = SharedMemory<T>::bytes(warps, p.group_size * p.q_len);
-  return emulator::launch({.grid = dim3(blocks), .block = dim3(32 * warps), .shared_bytes = bytes,
-                           .seed = uint64_t(seed), .resident_blocks = int(resident),
-                           .dependencies_end = dependencies_end},
-                          p.table.batch_size <= 32 ? decode_kernel<Traits<true>> : decode_kernel<T>, p);
+  const emulator::Launch launch{.grid = dim3(blocks), .block = dim3(32 * warps), .shared_bytes = bytes,
+                                .seed = uint64_t(seed), .resident_blocks = int(resident),
+                                .dependencies_end = dependencies_end};
+  const bool few = p.table.batch_size <= 32;
+  if constexpr (!T::kTakesTwo) {
+    TensorDecodeParams with_maps{p, {}};
+    if (n[27] != 0) {
+      if (!describe<T>(with_maps.maps, p)) return "the cache cannot be described for tensor copies";
+      return emulator::launch(launch, few ? decode_kernel<Traits<true, true>> : decode_kernel<Traits<false, true>>,
+                              with_maps);
+    }
+  }
+  return emulator::launch(launch, few ? decode_kernel<Traits<true>> : decode_kernel<T>, p);
 }
 
 EMULATOR_EXPORT const char* fixed_split(const void* q, void* o, float* lse, const float* sinks, const uint8_t* k,
@@ -130,6 +140,7 @@ class Problem:
     seed: int = 0
     resident: int = 3
     stages: int | None = None
+    tensor_copies: bool | None = None  # None: wherever the kernel is compiled with them
     dependencies_end: object = None
     with_lse: bool = True
     split_tiles: int | None = None  # the batch-invariant kernel's; None: the decode kernel
@@ -141,6 +152,13 @@ class Problem:
             return 0
         tokens = len(self.indices) * self.k.shape[1]
         return (tokens // (16 * self.split_tiles) + len(self.last_page_len)) * self.k.shape[2]
+
+    @property
+    def copies_tensors(self) -> bool:
+        """Where tiles can be copied whole, and a warp takes one at a time."""
+        stages = self.stages or stage_count(self.q.shape[2], self.k.dtype)
+        possible = self.k.shape[1] % 16 == 0 and (stages < 6 or self.position == "ROPE_LLAMA")
+        return possible if self.tensor_copies is None else self.tensor_copies
 
     @property
     def rows(self) -> int:
@@ -204,7 +222,7 @@ def arguments(problem: Problem):
          len(p.last_page_len), len(p.indices), p.k.shape[0], page_size,
          page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else -1,
          p.q.shape[1], p.k.shape[2], p.q_len, p.window_left, p.min_tiles, *p.levers,
-         int(p.dependent_launch), p.abreast_log2],
+         int(p.dependent_launch), p.abreast_log2, int(p.copies_tensors)],
         dtype=np.int64,
     )  # fmt: skip
     sm_scale = p.sm_scale if p.sm_scale is not None else p.q.shape[2] ** -0.5

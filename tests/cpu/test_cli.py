@@ -626,6 +626,29 @@ def test_each_part_runs_its_own_tests(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (ROOT / evidence.SEVERAL_GPUS).is_file()
 
 
+@pytest.mark.parametrize("release", ["--filter", "--kernel-regex --num-cuda-barriers"])
+def test_a_sanitizer_gets_the_options_that_it_has(
+    release: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '{release}'\n")
+    tool.chmod(0o755)
+    commands = {}
+    last_lines = {"racecheck": "RACECHECK SUMMARY: 0 hazards", "synccheck": "ERROR SUMMARY: 0 errors"}
+
+    def stream(command: list[str], *_: object) -> tuple[str, int]:
+        commands[command[2]] = command[3:-2]
+        return f"sanitize: 5 passed, 0 failed\n========= {last_lines[command[2]]}\n", 0
+
+    monkeypatch.setattr(gpu_check, "_stream", stream)
+    monkeypatch.setattr(gpu_check, "sanitizer_path", lambda: str(tool))
+    for name in last_lines:
+        assert gpu_check.run_sanitizer(tmp_path, name, print) == evidence.Counts(5, 0, 0)
+    our_kernels = [release.split()[0], f"kns={gpu_check.KERNEL_SUBSTRING}"]
+    assert commands["racecheck"] == our_kernels
+    assert commands["synccheck"] == our_kernels + (["--num-cuda-barriers", "65536"] if "num-cuda" in release else [])
+
+
 def test_what_has_not_run_is_declared(tree: Path) -> None:
     succeed("check", "--declare-not-run")
     record = evidence.load(tree / evidence.EVIDENCE_FILE)

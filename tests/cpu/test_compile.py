@@ -49,7 +49,8 @@ def case(architecture: str, q: torch.dtype, kv: torch.dtype, o: torch.dtype, hea
 
 
 # Every pair of element types with every head_dim; every architecture with every head_dim; sm_90a with every pair of
-# element types; all four choices of features with every head_dim; and those of MOST_INSTRUCTIONS.
+# element types; all four choices of features with every head_dim; those of MOST_INSTRUCTIONS; and copies of whole tiles
+# on every architecture.
 CASES = [
     case("9.0a", BF16, BF16, BF16, 64),
     case("8.0", F16, F16, F16, 64, "window"),
@@ -64,6 +65,9 @@ CASES = [
     case("10.0a", BF16, E5M2, BF16, 128),
     case("12.0a", F16, E4M3, F16, 128, "window"),
     case("8.9", F16, E5M2, F16, 128),
+    case("8.9", F16, F16, BF16, 128, "window"),
+    case("10.0a", BF16, BF16, BF16, 128, "window"),
+    case("12.0a", F16, F16, F16, 128),
     case("10.0a", BF16, BF16, BF16, 256, "window"),
     case("12.0a", F16, F16, BF16, 256, "window", "cap"),
     case("8.0", BF16, E4M3, BF16, 256),
@@ -94,36 +98,26 @@ CASES = [
 ]
 every_case = pytest.mark.parametrize("case", CASES)
 
-# The traits in a mangled name: head_dim, row tiles (of 8 query rows), stages, window, soft cap, position, few requests.
+# The traits in a mangled name: head_dim, row tiles (of 8 query rows), stages, window, soft cap, position, few requests,
+# copies of whole tiles.
 _TRAITS = re.compile(
     r"(decode|fixed_split|prefetch_kv)_kernelINS_12DecodeTraitsI.+?"
-    r"Li(\d+)ELi(\d+)ELi(\d+)ELb([01])ELb([01])ELNS_8PositionE(\d)ELb([01])EE"
+    r"Li(\d+)ELi(\d+)ELi(\d+)ELb([01])ELb([01])ELNS_8PositionE(\d)ELb([01])ELb([01])EE"
 )
 ROW_TILES = (1, 2)
 # Bytes that a decode kernel may spill, by head_dim and row tiles. 256 dimensions of 16 rows are 128 registers of sums a
 # lane; rotary positions keep a token's turns in registers besides, ALiBi its slopes, and a second tile that is taken
 # with the first its scores. The few bytes at 128 dimensions are read back once or a few times in all of the code.
 MAX_SPILLED_BYTES = {
-    "NONE": {(128, 2): 48, (256, 1): 8, (256, 2): 504},
-    "ALIBI": {(128, 2): 48, (256, 1): 8, (256, 2): 496},
+    "NONE": {(128, 2): 48, (256, 1): 8, (256, 2): 536},
+    "ALIBI": {(128, 2): 56, (256, 1): 8, (256, 2): 496},
     "ROPE_LLAMA": {(128, 2): 80, (256, 1): 64, (256, 2): 656},
 }
 # The same of the batch-invariant kernel, whose loop over splits keeps its own beside the 32 rows that a merge has on
-# their way. Before Hopper, for which it is not tuned, the queries that were loaded stay beside those in use as well.
+# their way. The 256 dimensions are those of GPUs before Hopper.
 MAX_SPILLED_BYTES_OF_FIXED_SPLITS = {
-    "NONE": {(128, 1): 24, (128, 2): 296},
-    "ROPE_LLAMA": {(128, 2): 256},
-}
-MAX_SPILLED_BYTES_OF_FIXED_SPLITS_BEFORE_HOPPER = {
-    "NONE": {(128, 1): 168, (128, 2): 704, (256, 1): 472, (256, 2): 992},
-}
-
-# Instructions of the decode kernels on sm_90a at head_dim 128 with one row tile, by the cache's element type: for few
-# requests, and for more. A bound, because between two layers of a model the weights push the kernel's instructions out
-# of L2: they come from HBM then, about 1 us for every 1,000 (H200), and back-to-back timings do not show it.
-MOST_INSTRUCTIONS = {
-    BF16: {True: 4_300, False: 4_850},
-    E4M3: {True: 4_850, False: 5_400},
+    "NONE": {(128, 1): 32, (128, 2): 288, (256, 1): 256, (256, 2): 696},
+    "ROPE_LLAMA": {(128, 2): 88},
 }
 
 
@@ -132,14 +126,30 @@ class Size(NamedTuple):
 
     row_tiles: int
     few_requests: bool
+    tensor_copies: bool = False
+
+
+# Instructions of the decode kernels on sm_90a at head_dim 128 with one row tile, by the cache's element type: for few
+# requests and for more, that copy rows and that copy whole tiles. A bound, because between two layers of a model the
+# weights push the kernel's instructions out of L2: they come from HBM then, about 1 us for every 1,000 (H200), and
+# back-to-back timings do not show it.
+MOST_INSTRUCTIONS = {
+    BF16: {Size(1, True): 4_300, Size(1, False): 4_850, Size(1, True, True): 4_200, Size(1, False, True): 4_750},
+    E4M3: {Size(1, True): 4_850, Size(1, False): 5_400},
+}
 
 
 @dataclass
 class Compiled:
-    """A loaded module; its decode or batch-invariant kernels by size; beside the former a window kernel."""
+    """A loaded module; its decode or batch-invariant kernels by size; beside the former a window kernel.
+
+    Attributes:
+        empty: decode kernels that are not for this architecture.
+    """
 
     module: Any
     decode: dict[Size, Kernel]
+    empty: dict[Size, Kernel]
     prefetch_kv: Kernel | None
 
 
@@ -150,24 +160,25 @@ def compiled(case: Case) -> Compiled:
     with pytest.MonkeyPatch.context() as environment, jit.target_architectures([case.architecture]):
         environment.setenv("NVCC_APPEND_FLAGS", "-Werror=all-warnings")
         module = spec.build_and_load()
-    decode, window = {}, []
+    decode, empty, window = {}, {}, []
     for (architecture, name), kernel in kernels(spec.get_library_path()).items():
         traits = _TRAITS.search(name)
         assert traits, name
-        head_dim, row_tiles, _, sliding_window, soft_cap, position, few_requests = map(int, traits.groups()[1:])
+        head_dim, row_tiles, _, sliding_window, soft_cap, position, *choices = map(int, traits.groups()[1:])
         assert architecture == f"sm_{case.architecture.replace('.', '')}"
         assert (head_dim, sliding_window, soft_cap) == case.variant[3:6], name
         assert position == jit.POSITIONS[case.variant.position], name
-        size = Size(row_tiles, bool(few_requests))
+        size = Size(row_tiles, *map(bool, choices))
         if traits[1] == "prefetch_kv":
-            assert size == (1, False), name
+            assert size == Size(1, False), name
             window.append(kernel)
         else:
             assert traits[1] == ("fixed_split" if case.variant.fixed_split else "decode")
-            assert size not in decode, name
-            decode[size] = kernel
+            kernels_of = empty if size.tensor_copies and case.compute < 90 else decode
+            assert size not in kernels_of, name
+            kernels_of[size] = kernel
     assert len(window) == (not case.variant.fixed_split)
-    return Compiled(module, decode, window[0] if window else None)
+    return Compiled(module, decode, empty, window[0] if window else None)
 
 
 def test_the_cases_are_representative():
@@ -199,11 +210,18 @@ def test_the_cases_are_representative():
     fixed = [c for c in cases if c.variant.fixed_split]
     assert {c.architecture for c in fixed} == architectures
     assert {c.variant.head_dim for c in fixed} == head_dims
+    assert {c.architecture for c in cases if copies_whole_tiles(c.variant)} == architectures
     assert all(measured_for_its_size(dtype) in cases for dtype in MOST_INSTRUCTIONS)
 
 
 def measured_for_its_size(dtype_kv: torch.dtype) -> Case:
     return Case("9.0a", jit.Variant(BF16, dtype_kv, BF16, 128, False, False))
+
+
+def copies_whole_tiles(variant: jit.Variant) -> bool:
+    """Whether a module has kernels for pages of whole tiles, for up to 8 query rows: csrc/decode.cu."""
+    plain = variant.position == "NONE" and not variant.fixed_split
+    return plain and variant.head_dim == 128 and variant.dtype_kv.itemsize == 2
 
 
 @every_case
@@ -226,29 +244,35 @@ def test_the_library_loads_and_has_the_module_functions(case):
 
 @every_case
 def test_every_size_has_its_kernel(case):
-    """A batch-invariant kernel is for any number of requests; of two decode kernels that for few is the shorter one."""
-    kernels_of = compiled(case).decode
+    """A batch-invariant kernel is for any number of requests; of two decode kernels that for few is the shorter one.
+    Whole tiles are copied where that was measured to be faster, by GPUs that can."""
+    found = compiled(case)
     few_or_more = (False,) if case.variant.fixed_split else (True, False)
-    assert set(kernels_of) == {Size(row_tiles, few) for row_tiles in ROW_TILES for few in few_or_more}
-    if not case.variant.fixed_split:
-        for row_tiles in ROW_TILES:
-            few, more = (len(kernels_of[Size(row_tiles, few)].instructions) for few in few_or_more)
-            assert few < more, row_tiles
+    by_rows = {Size(row_tiles, few) for row_tiles in ROW_TILES for few in few_or_more}
+    whole = {Size(1, few, tensor_copies=True) for few in few_or_more if copies_whole_tiles(case.variant)}
+    assert {*found.decode, *found.empty} == by_rows | whole
+    assert set(found.empty) == (whole if case.compute < 90 else set())
+    for size, kernel in found.decode.items():
+        if size.few_requests:
+            assert len(kernel.instructions) < len(found.decode[size._replace(few_requests=False)].instructions), size
+    for size, kernel in found.empty.items():
+        # An end, what ptxas puts before and behind every kernel's, and what fills the last lines.
+        assert len([name for name in kernel.instructions if name != "NOP"]) <= 4, (size, kernel.instructions)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.values[0] in map(measured_for_its_size, MOST_INSTRUCTIONS)])
 def test_number_of_instructions(case):
-    for few_requests, most in MOST_INSTRUCTIONS[case.variant.dtype_kv].items():
-        assert len(compiled(case).decode[Size(1, few_requests)].instructions) <= most, few_requests
+    bounds = MOST_INSTRUCTIONS[case.variant.dtype_kv]
+    found = {size: kernel for size, kernel in compiled(case).decode.items() if size.row_tiles == 1}
+    assert set(found) == set(bounds)
+    for size, kernel in found.items():
+        assert len(kernel.instructions) <= bounds[size], size
 
 
 @every_case
 def test_registers_and_spills(case):
     found = compiled(case)
-    by_position = MAX_SPILLED_BYTES
-    if case.variant.fixed_split:
-        tuned = case.compute >= 90
-        by_position = MAX_SPILLED_BYTES_OF_FIXED_SPLITS if tuned else MAX_SPILLED_BYTES_OF_FIXED_SPLITS_BEFORE_HOPPER
+    by_position = MAX_SPILLED_BYTES_OF_FIXED_SPLITS if case.variant.fixed_split else MAX_SPILLED_BYTES
     allowed = by_position[case.variant.position]
     limits = {size: allowed.get((case.variant.head_dim, size.row_tiles), 0) for size in found.decode}
     for size, kernel in [*found.decode.items(), (None, found.prefetch_kv)]:
@@ -279,7 +303,7 @@ def test_no_copy_has_a_descriptor_that_the_gpu_refuses(case):
     that the address in shared memory has a part that is the warp's: an illegal instruction when it runs (H200)."""
     for size, kernel in compiled(case).decode.items():
         code = zip(kernel.instructions, kernel.operands, strict=True)
-        copies = [operands for name, operands in code if name.startswith("LDGSTS")]
+        copies = [operands for name, operands in code if name.startswith(("LDGSTS", "UTMALDG"))]
         descriptors = [int(register) for copy in copies for register in re.findall(r"desc\[UR(\d+)\]", copy)]
         assert copies and not [register for register in descriptors if register % 2], size
 
@@ -301,8 +325,19 @@ def test_instructions(case):
         # For a tile, head_dim / 16 products of K and as many of V, for every 8 rows of queries; twice in the code for
         # a window's or a length's edge is more than that.
         assert kernel.count("HMMA") >= 2 * size.row_tiles * case.variant.head_dim // 16
-        assert kernel.count("LDGSTS", "BYPASS") > 0, "16-byte copies to shared memory that leave L1 out"
-        assert kernel.count("LDGDEPBAR") > 0 and kernel.count("DEPBAR") > 0, "groups of copies"
+        if size.tensor_copies:
+            assert kernel.count("LDGSTS") == kernel.count("LDGDEPBAR") == 0, "no copy row by row"
+            assert kernel.count("UTMALDG", "5D") == 4, "K's copy and V's, of a piece's first tile and of the others"
+            assert kernel.count("UTMAPF", "L2", "5D") == 2, "the prologue"
+            assert kernel.count("UTMACCTL", "PF") == 2, "prefetch of the tensors' descriptions"
+            assert kernel.count("ELECT") > 0, "one lane of a warp that the compiler knows to be converged"
+            assert kernel.count("SYNCS", "ARRIVE") > 0 and kernel.count("SYNCS", "PHASECHK") > 0, "barriers of copies"
+            # Behind the barriers' making, the zeros after a request's last token, and the scan that lay in the ring.
+            assert kernel.count("FENCE", "VIEW", "ASYNC") == (2 if size.few_requests else 3)
+        else:
+            assert kernel.count("LDGSTS", "BYPASS") > 0, "16-byte copies to shared memory that leave L1 out"
+            assert kernel.count("LDGDEPBAR") > 0 and kernel.count("DEPBAR") > 0, "groups of copies"
+            assert kernel.count("UTMALDG") == kernel.count("UTMAPF") == kernel.count("SYNCS") == 0, "no tensors"
         assert kernel.count("LDSM") > kernel.count("LDSM", "MT88") > 0, "ldmatrix, plain for K, transposed for V"
         assert kernel.count("MOVM") > 0, "movmatrix: P from the one product's layout to the other's"
         prefetches = not case.variant.fixed_split  # the batch-invariant kernel brings nothing into L2

@@ -58,6 +58,45 @@ def test_page_sizes_and_layouts(page_size, hnd):
     )
 
 
+@pytest.mark.parametrize("page_size", [16, 32, 64, 48])
+@pytest.mark.parametrize("hnd", [False, True], ids=["NHD", "HND"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [77, 0] * 20, [9] * 140], ids=["few", "more", "many"])
+def test_both_ways_to_copy_give_the_same_bits(lengths, hnd, page_size):
+    """Also in the tail of a last page, which holds NaN: what a whole tile brings of it must not count."""
+    options = dict(
+        heads_q=8, heads_kv=2, page_size=page_size, hnd=hnd, one_tensor=page_size == 32, levers=(0, 2, 0, 0, 1)
+    )
+    runs = {}
+    for tensor_copies in (False, True):
+        problem = make_problem(lengths, **options, tensor_copies=tensor_copies)
+        runs[tensor_copies] = emulated.run(problem)[:2]
+        counts = emulated.emulator.statistics(emulated.library(problem))
+        assert (counts["copies"] > 0, counts["tensor_copies"] > 0) == (not tensor_copies, tensor_copies)
+    assert torch.equal(runs[False][0], runs[True][0]) and torch.equal(runs[False][1], runs[True][1])
+    assert_right(make_problem(lengths, **options))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("heads_q", [4, 16])
+def test_tensor_copies_of_every_width_of_a_row(head_dim, heads_q):
+    problem = make_problem(
+        [300, 20, 1], heads_q=heads_q, heads_kv=1, head_dim=head_dim, page_size=16, stages=2, warps=2
+    )
+    assert problem.copies_tensors
+    assert_right(problem)
+
+
+def test_tensor_copies_bring_the_last_page_of_the_cache_and_no_other():
+    """A page number beyond the cache stands for its last page, whichever way tiles are copied."""
+    answers = []
+    for tensor_copies in (False, True):
+        problem = make_problem([64, 40], heads_q=4, heads_kv=2, page_size=16, tensor_copies=tensor_copies)
+        problem.indices[1], problem.indices[2] = -5, 1 << 30
+        problem.k.nan_to_num_(0.5), problem.v.nan_to_num_(0.5)
+        answers.append(emulated.run(problem)[0])
+    assert torch.equal(answers[0], answers[1])
+
+
 @pytest.mark.parametrize("group", range(1, 17))
 def test_group_sizes(group):
     assert_right(make_problem([5, 131, 48], heads_q=2 * group, heads_kv=2, warps=3, blocks=4))

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import shutil
+import tempfile
 import time
 
 import emulated_decode as emulated
@@ -180,6 +181,48 @@ def test_window_op_launches_and_keeps_to_its_budget():
             assert library.emulator_launches() == before + 1
             asked = int(emulator.prefetches(library)["bytes"].sum())
             assert 0 < asked <= budget
+
+
+@pytest.mark.parametrize(
+    ("tensor_copies", "options"),
+    [
+        (True, {"page_size": 16}),
+        (True, {"page_size": 48, "kv_layout": "HND"}),
+        (False, {"page_size": 8}),
+        (False, {"page_size": 24}),
+        (False, {"page_size": 16, "kv_dtype": E4M3}),
+        (False, {"page_size": 16, "head_dim": 64}),
+        (False, {"page_size": 16, "num_qo_heads": 18}),
+    ],
+)
+def test_tiles_are_copied_whole_where_that_is_faster(tensor_copies, options):
+    options = {"head_dim": 128, "num_kv_heads": 2, "num_qo_heads": 8, "kv_layout": "NHD", **options}
+    batch = make_batch([40, 1, 0, 130], dtype=BF16, **options)
+    wrapper = assert_wrapper_is_right(batch, options["kv_layout"])
+    path = str(emulated_module.compiled(wrapper._decision.spec.variant()))
+    counts = emulator.statistics(ctypes.CDLL(path))
+    assert (counts["copies"] > 0, counts["tensor_copies"] > 0) == (not tensor_copies, tensor_copies)
+
+
+@pytest.mark.parametrize("missing", ["compute capability 9.0", "the driver's function", "strides it can describe"])
+def test_tiles_are_copied_row_by_row_where_they_cannot_be_whole(missing, monkeypatch):
+    batch = make_batch([40, 1, 130], dtype=BF16, page_size=16, head_dim=128, num_kv_heads=2)
+    wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    wrapper.plan(*batch.table, *batch.shape, **batch.dtypes)
+    # A copy of the library is a module that has not looked for the driver's function yet.
+    variant = wrapper._decision.spec.variant()
+    with tempfile.TemporaryDirectory() as folder:
+        path = shutil.copy(emulated_module.compiled(variant), folder)
+        library = ctypes.CDLL(path)
+        {
+            "compute capability 9.0": lambda: library.emulator_set_compute_capability(ctypes.c_int64(8)),
+            "the driver's function": lambda: library.emulator_set_driver(ctypes.c_int64(0)),
+            "strides it can describe": lambda: library.emulator_set_driver(ctypes.c_int64(2)),
+        }[missing]()
+        monkeypatch.setattr(jit, "load", lambda _: tvm_ffi.load_module(str(path)))
+        wrapper = assert_wrapper_is_right(batch)
+        counts = emulator.statistics(library)
+        assert counts["copies"] > 0 and counts["tensor_copies"] == 0
 
 
 def module_arguments(problem, position="NONE", fixed_split=False, **changes):

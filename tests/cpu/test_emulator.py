@@ -109,6 +109,41 @@ KERNEL(copy) {
   for (int i = 4; i < 8; ++i) out[t * 8 + i] = shared<uint32_t>()[t * 8 + i];
 }
 
+// Two tokens' rows of a tensor [3 pages][2 heads][2 columns][4 tokens][128 bytes], whose token stride is 512 bytes and
+// whose columns lie side by side, to shared memory: head 1, tokens 2 and 3. in: page. variant 1: no wait. 2: ends
+// before its bytes have come. 3: no barrier. 4: bytes that never come. 5: a lane names another page. 6: a store to
+// where the copy goes. 7: twice the same phase. Then the next phase, of the next page.
+KERNEL(tensor_copy) {
+  const int t = threadIdx.x;
+  alignas(64) CUtensorMap map;
+  const cuuint64_t sizes[5] = {128, 4, 2, 2, 3}, strides[4] = {512, 128, 256, 2048};
+  const cuuint32_t box[5] = {128, 2, 2, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
+  const auto encode = [&](uint32_t rank) {
+    return emulator::encode_tiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, const_cast<uint32_t*>(in + 4), sizes,
+                                  strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  if (encode(3) == CUDA_SUCCESS || encode(5) != CUDA_SUCCESS) return;
+  const uint32_t tile = ptx::shared_address(shared<uint8_t>()), barrier = tile + 1024;
+  if (t == 0 && variant != 3) ptx::barrier_init(barrier);
+  __syncwarp();
+  for (uint32_t phase = 0; phase < 2; ++phase) {
+    const int32_t page = int32_t(in[0]) + phase + (variant == 5 && t == 7);
+    ptx::barrier_expect(barrier, variant == 4 ? 528 : 512);
+    if (variant == 7) ptx::barrier_expect(barrier, 0);
+    ptx::copy_tensor(tile, &map, {0, 2, 0, 1, page}, barrier, ptx::policy_evict_first());
+    if (variant == 2) return;
+    if (variant == 6) shared<uint32_t>()[t] = 1;
+    while (variant != 1 && !__all_sync(~0u, ptx::barrier_passed(barrier, phase))) {
+    }
+    uint32_t r[4];
+    __syncwarp();
+    ptx::load_matrix_x4(r, tile + 16 * t);
+    for (int i = 0; i < 4; ++i) out[(phase * 4 + i) * 32 + t] = r[i];
+    __syncwarp();
+  }
+}
+
 KERNEL(reverse) {  // variant 0: right, 1: no barrier, 2: a barrier that only half of the block reaches
   const int t = threadIdx.x;
   shared<uint32_t>()[t] = in[t];
@@ -412,6 +447,58 @@ def test_copies_of_other_lanes_need_a_wait_and_a_warp_barrier(library):
 def test_store_under_a_copy_in_flight_is_an_error(library):
     messages = [run_or_message(library, "copy", np.arange(256), 256, variant=3, seed=seed)[1] for seed in SEEDS]
     assert sum("written while it was in flight" in message for message in messages) > len(SEEDS) // 2
+
+
+def tensor_words():
+    """`in` of the kernel: page, padding, then every word its own number; and its rows as the copy should find them."""
+    words = np.arange(4 + 3 * 512, dtype=np.uint32)
+    rows = {}
+    for page in range(3):
+        for column in range(2):
+            for token in (2, 3):
+                # Strides in words: page 512, token 128, head 64, column 32.
+                rows[page, column, token - 2] = words[4 + page * 512 + token * 128 + 64 + column * 32 :][:32]
+    return words, rows
+
+
+@pytest.mark.parametrize("page", [0, 1, 2, -1])
+def test_tensor_copies(library, page):
+    """Rows of a column one after the other, 16-byte chunks swizzled by the row; zeros outside of the tensor."""
+    words, rows = tensor_words()
+    words[0] = page % 2**32
+    for seed in SEEDS:
+        out = run(library, "tensor_copy", words, 256, shared=1040, seed=seed)
+        for phase in range(2):
+            # ldmatrix gives word l of matrix i, row l / 4: 32 rows of 16 bytes, in the order of shared memory.
+            got = out[phase * 128 : phase * 128 + 128].reshape(4, 32).reshape(32, 4)
+            for column in range(2):
+                for token in range(2):
+                    row = column * 2 + token
+                    expected = rows.get((page + phase, column, token), np.zeros(32, dtype=np.uint32)).reshape(8, 4)
+                    found = got[row * 8 : row * 8 + 8]
+                    np.testing.assert_array_equal(found, expected[np.arange(8) ^ row])
+    counts = emu.statistics(library)
+    assert (counts["tensor_copies"], counts["copied_bytes"]) == (2, 1024)
+
+
+@pytest.mark.parametrize(
+    "variant, message",
+    [
+        (1, "load_matrix_x4: reads a copy without its wait"),
+        (2, "a block ends while the copy of a tensor's box is on its way"),
+        (3, "there is no barrier at"),
+        (4, "does not end"),
+        (5, "copy_tensor: lane .* has other operands"),
+        (6, "written while it was in flight"),
+        (7, "the phase has had its arrival"),
+    ],
+)
+def test_faults_of_tensor_copies_are_found(library, variant, message):
+    words, _ = tensor_words()
+    words[0] = 0
+    for seed in SEEDS:
+        with pytest.raises(emu.EmulationError, match=message):
+            run(library, "tensor_copy", words, 256, variant, shared=1040, seed=seed)
 
 
 @pytest.mark.parametrize("kernel, threads", [("reverse", 128), ("warp_reverse", 32)])

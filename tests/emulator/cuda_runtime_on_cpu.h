@@ -21,6 +21,7 @@ namespace emulator {
 struct Device {
   int multiprocessors = 5;
   int shared_bytes_per_block = 227 * 1024;
+  int compute_capability = 9;  // the major number
   uint64_t seed = 0;
   int launches = 0;
   int dependent_launches = 0;  // of them, under programmatic dependent launch
@@ -37,6 +38,9 @@ inline std::mutex one_call;             // of the runtime at a time, from any th
 EMULATOR_EXPORT void emulator_set_device(int64_t multiprocessors, int64_t shared_bytes_per_block) {
   emulator::device = {int(multiprocessors), int(shared_bytes_per_block)};
 }
+EMULATOR_EXPORT void emulator_set_compute_capability(int64_t major) {
+  emulator::device.compute_capability = int(major);
+}
 EMULATOR_EXPORT void emulator_set_attribute_milliseconds(int64_t milliseconds) {
   emulator::attribute_milliseconds = int(milliseconds);
 }
@@ -51,6 +55,7 @@ inline const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute == cudaDevAttrMultiProcessorCount) return *value = emulator::device.multiprocessors, cudaSuccess;
+  if (attribute == cudaDevAttrComputeCapabilityMajor) return *value = emulator::device.compute_capability, cudaSuccess;
   if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
     return *value = emulator::device.shared_bytes_per_block, cudaSuccess;
   }

@@ -160,6 +160,27 @@ struct Copy {
   Site site;
 };
 
+/// What a CUtensorMap holds here: see tensor.h.
+struct TensorMap {
+  static constexpr uint32_t kMagic = 0x7E4504A9;
+  uint32_t magic;
+  uint32_t swizzle;  // 16-byte chunks that are permuted: 4 or 8
+  const uint8_t* base;
+  uint64_t sizes[5];
+  uint64_t strides[5];  // bytes
+  uint32_t box[5];
+};
+
+/// A copy of a tensor's box on its way.
+struct TensorCopy {
+  TensorMap map;
+  uint32_t destination;  // address in shared memory
+  uint32_t bytes;
+  uint32_t barrier;  // where its bytes arrive
+  int32_t at[5];
+  bool landed;
+};
+
 struct Warp;
 struct Block;
 
@@ -196,6 +217,7 @@ struct Block {
   std::unique_ptr<Lane[]> lanes;
   std::vector<Warp> warps;
   std::vector<uint8_t> storage;
+  std::vector<TensorCopy> tensor_copies;
   std::vector<uint8_t> hidden;  // per 16 bytes of shared memory, 1: a copy wrote it that other lanes may not see yet
   uint8_t* shared = nullptr;
   int exited = 0, arrived = 0, votes = 0;
@@ -233,7 +255,8 @@ struct Prefetch {
 
 // clang-format off: it never agrees with itself about such a list
 #define EMULATOR_STATISTICS(X) \
-  X(prefetches) X(prefetched_bytes) X(copies) X(copied_bytes) X(copies_evict_first) X(waits_for_dependencies) \
+  X(prefetches) X(prefetched_bytes) X(copies) X(copied_bytes) X(copies_evict_first) X(tensor_copies) \
+  X(waits_for_dependencies) \
   X(launches_of_dependents) X(threads) X(threads_that_waited) X(threads_that_launched) X(matrix_loads) \
   X(matrix_load_conflicts) X(multiply_adds) X(shuffles) X(barriers) X(atomics) X(fences) X(rounds)
 // clang-format on
@@ -482,6 +505,7 @@ inline void start_block(Block& block, uint3 index) {
   block.shared = reinterpret_cast<uint8_t*>((first / (2 * Block::kAlignment) * 2 + 1) * Block::kAlignment);
   if (block.shared < block.storage.data() + Block::kGuardBytes) block.shared += 2 * Block::kAlignment;
   block.hidden.assign(bytes / 16, 0);
+  block.tensor_copies.clear();
   memset(block.shared, 0xFF, bytes);  // NaN in every floating-point format, -1 in every integer
 #ifdef __SANITIZE_ADDRESS__
   __asan_poison_memory_region(block.shared - Block::kGuardBytes, Block::kGuardBytes);
@@ -512,6 +536,7 @@ inline void start_block(Block& block, uint3 index) {
 
 inline void end_block(Block& block) {
   block.running = false;
+  if (!block.tensor_copies.empty()) machine.error = "a block ends while the copy of a tensor's box is on its way";
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(block.storage.data(), block.storage.size());
 #endif

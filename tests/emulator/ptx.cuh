@@ -4,6 +4,7 @@
 #define FI_PREFETCH_PTX_CUH
 
 #include "cuda_on_cpu.h"
+#include "tensor.h"
 
 #define FI_PREFETCH_DEVICE inline
 
@@ -23,7 +24,10 @@ FI_PREFETCH_DEVICE uint32_t shared_address(const void* pointer, Site site = Site
   return emulator::kSharedBase + static_cast<uint32_t>(offset);
 }
 
-FI_PREFETCH_DEVICE const uint8_t* opaque(const uint8_t* pointer) { return pointer; }
+template <typename T>
+FI_PREFETCH_DEVICE const T* opaque(const T* pointer) {
+  return pointer;
+}
 FI_PREFETCH_DEVICE int32_t opaque(int32_t x) { return x; }
 FI_PREFETCH_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 
@@ -52,6 +56,110 @@ FI_PREFETCH_DEVICE void copy_async_commit() { current->groups_committed += 1; }
 template <int PENDING>
 FI_PREFETCH_DEVICE void copy_async_wait() {
   emulator::wait_for_copies(PENDING);
+}
+
+// ---- copies of tensors' boxes -------------------------------------------------------------------------------------
+
+constexpr bool kHasTensorCopies = true;
+
+struct TensorPlace {
+  int32_t at[5];
+};
+
+FI_PREFETCH_DEVICE void prefetch_tensor_map(const CUtensorMap* map, Site site = Site::current()) {
+  emulator::tensor_map("prefetch_tensor_map", map, site);
+}
+
+FI_PREFETCH_DEVICE void barrier_init(uint32_t barrier, Site site = Site::current()) {
+  *reinterpret_cast<emulator::TensorBarrier*>(emulator::shared_pointer("barrier_init", barrier, 8, site)) = {
+      0, 0, 0, emulator::TensorBarrier::kMagic};
+}
+FI_PREFETCH_DEVICE void fence_barrier_init() {}
+FI_PREFETCH_DEVICE void fence_tensor_copies() {}
+
+/// Runs `action` once for the whole warp, whose lanes must agree about `operands`.
+template <typename Operands, typename Action>
+FI_PREFETCH_DEVICE void by_one_lane(const char* operation, Operands operands, Site site, const Action& action) {
+  emulator::collective(operation, ~0u, &operands, site, [&](Warp& warp) {
+    for (int l = 0; l < 32; ++l) {
+      const Operands& other = *static_cast<Operands*>(warp.lanes[l].operands);
+      if (memcmp(&other, &operands, sizeof(Operands))) {
+        emulator::fail(site, "%s: lane %d has other operands than lane %d", operation, l, current->number);
+      }
+    }
+    action();
+  });
+}
+
+FI_PREFETCH_DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes, Site site = Site::current()) {
+  struct Operands {
+    uint32_t barrier, bytes;
+  };
+  by_one_lane("barrier_expect", Operands{barrier, bytes}, site, [&] {
+    emulator::TensorBarrier& found = emulator::tensor_barrier("barrier_expect", barrier, site);
+    if (found.arrived) emulator::fail(site, "barrier_expect: the phase has had its arrival");
+    found.pending += static_cast<int32_t>(bytes);
+    found.arrived = 1;
+    end_phase_when_complete(found);
+  });
+}
+
+/// Lands none or some of what is to arrive there, by the seed, before it looks.
+FI_PREFETCH_DEVICE bool barrier_passed(uint32_t barrier, uint32_t parity, Site site = Site::current()) {
+  emulator::TensorBarrier& found = emulator::tensor_barrier("barrier_passed", barrier, site);
+  for (emulator::TensorCopy& copy : current->warp->block->tensor_copies) {
+    if (copy.barrier != barrier || copy.landed || emulator::random_below(32)) continue;
+    emulator::land(copy, site);
+    found.pending -= static_cast<int32_t>(copy.bytes);
+    end_phase_when_complete(found);
+  }
+  if (found.parity == parity) return false;
+  emulator::publish_tensor_copies(barrier);
+  return true;
+}
+
+FI_PREFETCH_DEVICE void copy_tensor(uint32_t destination, const CUtensorMap* map, const TensorPlace& place,
+                                    uint32_t barrier, uint64_t policy, Site site = Site::current()) {
+  struct Operands {
+    uint64_t policy;
+    TensorPlace place;
+    uint32_t destination, barrier, zero = 0;
+  };
+  by_one_lane("copy_tensor", Operands{policy, place, destination, barrier}, site, [&] {
+    if (policy != kEvictFirst && policy != kEvictNormal) emulator::fail(site, "copy_tensor: not an L2 policy");
+    emulator::tensor_barrier("copy_tensor", barrier, site);
+    const emulator::TensorMap& tensor = emulator::tensor_map("copy_tensor", map, site);
+    const uint32_t bytes = tensor.box[0] * tensor.box[1] * tensor.box[2] * tensor.box[3] * tensor.box[4];
+    emulator::shared_pointer("copy_tensor", destination, 128, site);
+    uint8_t* to = emulator::shared_pointer("copy_tensor", destination + bytes - 128, 128, site) + 128 - bytes;
+    emulator::for_each_chunk(tensor, place.at, destination, [&](uint32_t, const uint8_t* source) {
+      if (source != nullptr) emulator::check_global("copy_tensor", source, 16, 16, site);
+    });
+    memset(to, 0xFF, bytes);
+    memset(&emulator::hidden_flag(to), 1, bytes / 16);
+    machine.statistics.tensor_copies += 1;
+    machine.statistics.copied_bytes += bytes;
+    emulator::TensorCopy copy{tensor, destination, bytes, barrier, {}, false};
+    memcpy(copy.at, place.at, sizeof(copy.at));
+    current->warp->block->tensor_copies.push_back(copy);
+  });
+}
+
+FI_PREFETCH_DEVICE void prefetch_tensor(const CUtensorMap* map, const TensorPlace& place, Site site = Site::current()) {
+  by_one_lane("prefetch_tensor", place, site, [&] {
+    const emulator::TensorMap& tensor = emulator::tensor_map("prefetch_tensor", map, site);
+    emulator::for_each_chunk(tensor, place.at, 0, [&](uint32_t offset, const uint8_t* source) {
+      if (source == nullptr || reinterpret_cast<uintptr_t>(source) % 128) return;
+      emulator::check_global("prefetch_tensor", source, 16, 16, site);
+      emulator::record_prefetch(source, 128, false);
+    });
+  });
+}
+
+FI_PREFETCH_DEVICE void store_zeros_16(uint32_t address, Site site = Site::current()) {
+  uint8_t* p = emulator::shared_pointer("store_zeros_16", address, 16, site);
+  if (emulator::hidden_flag(p)) emulator::fail(site, "store_zeros_16: a copy is on its way there");
+  memset(p, 0, 16);
 }
 
 // ---- L2 -----------------------------------------------------------------------------------------------------------
