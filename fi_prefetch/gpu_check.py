@@ -22,8 +22,8 @@ SOAK_SCRIPT = "tests/gpu/soak.py"
 # Only kernels with this in their name are instrumented: PyTorch's are not in question, and slow under a tool.
 KERNEL_SUBSTRING = "fi_prefetch"
 _FILTER_OPTIONS = ("--kernel-regex", "--kernel-name", "--filter")
-# Room for barriers in shared memory, for synccheck. With what it finds by itself, and with 64 (a block of ours makes 16),
-# it runs out of room after some dozens of launches, and ends a kernel with a launch failure.
+# Room for barriers in shared memory, for synccheck. With what it finds by itself, and with 64 (a block of ours makes
+# 16), it runs out of room after some dozens of launches, and ends a kernel with a launch failure.
 _BARRIER_OPTION = "--num-cuda-barriers"
 _BARRIERS = 1 << 16
 
