@@ -130,8 +130,8 @@ FI_PREFETCH_DEVICE void copy_tensor(uint32_t destination, const CUtensorMap* map
     emulator::tensor_barrier("copy_tensor", barrier, site);
     const emulator::TensorMap& tensor = emulator::tensor_map("copy_tensor", map, site);
     const uint32_t bytes = tensor.box[0] * tensor.box[1] * tensor.box[2] * tensor.box[3] * tensor.box[4];
-    emulator::shared_pointer("copy_tensor", destination, 128, site);
-    uint8_t* to = emulator::shared_pointer("copy_tensor", destination + bytes - 128, 128, site) + 128 - bytes;
+    uint8_t* to = emulator::shared_pointer("copy_tensor", destination, 128, site);
+    emulator::shared_pointer("copy_tensor", destination + bytes - 128, 128, site);  // its end lies there, too
     emulator::for_each_chunk(tensor, place.at, destination, [&](uint32_t, const uint8_t* source) {
       if (source != nullptr) emulator::check_global("copy_tensor", source, 16, 16, site);
     });

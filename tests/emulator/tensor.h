@@ -110,17 +110,13 @@ inline void land(TensorCopy& copy, Site site) {
 inline void publish_tensor_copies(uint32_t barrier) {
   Block& block = *current->warp->block;
   std::vector<TensorCopy>& copies = block.tensor_copies;
-  for (const TensorCopy& copy : copies) {
-    if (copy.barrier != barrier || !copy.landed) continue;
-    memset(&block.hidden[(copy.destination - kSharedBase) / 16], 0, copy.bytes / 16);
-  }
   const auto done = [&](const TensorCopy& copy) { return copy.barrier == barrier && copy.landed; };
+  for (const TensorCopy& copy : copies) {
+    if (done(copy)) memset(&block.hidden[(copy.destination - kSharedBase) / 16], 0, copy.bytes / 16);
+  }
   copies.erase(std::remove_if(copies.begin(), copies.end(), done), copies.end());
 }
 
-}  // namespace emulator
-
-namespace emulator {
 enum class Driver { kWithoutTensors, kGood, kRefusing };
 inline Driver driver = Driver::kGood;
 inline CUresult refuse(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
