@@ -114,10 +114,13 @@ MAX_SPILLED_BYTES = {
     "ROPE_LLAMA": {(128, 2): 80, (256, 1): 64, (256, 2): 656},
 }
 # The same of the batch-invariant kernel, whose loop over splits keeps its own beside the 32 rows that a merge has on
-# their way. The 256 dimensions are those of GPUs before Hopper.
+# their way; and before Hopper, for which it is not tuned.
 MAX_SPILLED_BYTES_OF_FIXED_SPLITS = {
-    "NONE": {(128, 1): 32, (128, 2): 288, (256, 1): 256, (256, 2): 696},
+    "NONE": {(128, 2): 160},
     "ROPE_LLAMA": {(128, 2): 88},
+}
+MAX_SPILLED_BYTES_OF_FIXED_SPLITS_BEFORE_HOPPER = {
+    "NONE": {(128, 1): 32, (128, 2): 288, (256, 1): 256, (256, 2): 696},
 }
 
 
@@ -272,7 +275,10 @@ def test_number_of_instructions(case):
 @every_case
 def test_registers_and_spills(case):
     found = compiled(case)
-    by_position = MAX_SPILLED_BYTES_OF_FIXED_SPLITS if case.variant.fixed_split else MAX_SPILLED_BYTES
+    by_position = MAX_SPILLED_BYTES
+    if case.variant.fixed_split:
+        tuned = case.compute >= 90
+        by_position = MAX_SPILLED_BYTES_OF_FIXED_SPLITS if tuned else MAX_SPILLED_BYTES_OF_FIXED_SPLITS_BEFORE_HOPPER
     allowed = by_position[case.variant.position]
     limits = {size: allowed.get((case.variant.head_dim, size.row_tiles), 0) for size in found.decode}
     for size, kernel in [*found.decode.items(), (None, found.prefetch_kv)]:
