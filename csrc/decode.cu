@@ -329,6 +329,36 @@ CacheShape cache_shape(const TensorView& cache, const char* name, bool hnd) {
   return shape;
 }
 
+/// Fills in the page table, all but the pages that the cache has, and what follows from it.
+void set_table(DecodeParams& p, const TensorView& indptr, const TensorView& indices, const TensorView& last_page_len,
+               int64_t page_size, int64_t num_kv_heads, DLDevice device) {
+  check_tensor<int32_t>(last_page_len, "paged_kv_last_page_len", 1, device);
+  const int64_t batch_size = last_page_len.size(0);
+  check_vector<int32_t>(last_page_len, "paged_kv_last_page_len", batch_size, device);
+  check_vector<int32_t>(indptr, "paged_kv_indptr", batch_size + 1, device);
+  check_vector<int32_t>(indices, "paged_kv_indices", 0, device);
+  const int64_t num_indices = indices.size(0);
+  // Positions on the line of tiles are 32-bit numbers; the page table can name no more tiles than this.
+  const double tiles =
+      (static_cast<double>(num_indices) * page_size / kTileTokens + static_cast<double>(batch_size)) * num_kv_heads;
+  FI_PREFETCH_CHECK(tiles < 4294967296.0 && num_indices <= std::numeric_limits<int32_t>::max(), ValueError)
+      << "paged_kv_indices: " << num_indices << " pages of " << page_size << " tokens and " << num_kv_heads
+      << " heads are more than 2^32 tiles";
+  p.num_kv_heads = num_kv_heads;
+  PageTable& t = p.table;
+  t.indptr = static_cast<const int32_t*>(indptr.data_ptr());
+  t.indices = static_cast<const int32_t*>(indices.data_ptr());
+  t.last_page_len = static_cast<const int32_t*>(last_page_len.data_ptr());
+  t.batch_size = batch_size;
+  t.num_indices = num_indices;
+  t.page_size = page_size;
+  t.page_shift = 0;
+  while (int64_t{1} << t.page_shift < page_size) ++t.page_shift;
+  t.page_inverse = static_cast<uint32_t>(((uint64_t{1} << (31 + t.page_shift)) + page_size - 1) / page_size);
+  // A tile's rows beyond a length are computed with (and not read), so a tile more must fit as well.
+  t.max_pages_per_request = (std::numeric_limits<int32_t>::max() - 64 * kTileTokens) / page_size;
+}
+
 /// Fills in the cache, the page table and what follows from them.
 void set_cache(DecodeParams& p, const TensorView& k, const TensorView& v, const TensorView& indptr,
                const TensorView& indices, const TensorView& last_page_len, int64_t kv_layout_code) {
@@ -348,18 +378,8 @@ void set_cache(DecodeParams& p, const TensorView& k, const TensorView& v, const 
                     ValueError)
       << "paged_k_cache: expected between 1 and 2^31 - 1 pages, tokens a page and heads";
 
-  check_tensor<int32_t>(last_page_len, "paged_kv_last_page_len", 1, device);
-  const int64_t batch_size = last_page_len.size(0);
-  check_vector<int32_t>(last_page_len, "paged_kv_last_page_len", batch_size, device);
-  check_vector<int32_t>(indptr, "paged_kv_indptr", batch_size + 1, device);
-  check_vector<int32_t>(indices, "paged_kv_indices", 0, device);
-  const int64_t num_indices = indices.size(0);
-  // Positions on the line of tiles are 32-bit numbers; the page table can name no more tiles than this.
-  const double tiles =
-      (static_cast<double>(num_indices) * ks.page_size / kTileTokens + static_cast<double>(batch_size)) * ks.heads;
-  FI_PREFETCH_CHECK(tiles < 4294967296.0 && num_indices <= std::numeric_limits<int32_t>::max(), ValueError)
-      << "paged_kv_indices: " << num_indices << " pages of " << ks.page_size << " tokens and " << ks.heads
-      << " heads are more than 2^32 tiles";
+  set_table(p, indptr, indices, last_page_len, ks.page_size, ks.heads, device);
+  p.table.num_pages = ks.pages;
 
   int64_t all_bits = 0;
   for (int i = 0; i < 3; ++i) all_bits |= ks.strides[i] | vs.strides[i];
@@ -383,21 +403,6 @@ void set_cache(DecodeParams& p, const TensorView& k, const TensorView& v, const 
   p.v = tensor(v, vs);
   p.contiguous_tokens =
       ks.page_size % kTileTokens == 0 && ks.strides[1] == AnyTraits::kRowBytes && vs.strides[1] == AnyTraits::kRowBytes;
-  p.num_kv_heads = ks.heads;
-
-  PageTable& t = p.table;
-  t.indptr = static_cast<const int32_t*>(indptr.data_ptr());
-  t.indices = static_cast<const int32_t*>(indices.data_ptr());
-  t.last_page_len = static_cast<const int32_t*>(last_page_len.data_ptr());
-  t.batch_size = batch_size;
-  t.num_indices = num_indices;
-  t.num_pages = ks.pages;
-  t.page_size = ks.page_size;
-  t.page_shift = 0;
-  while (int64_t{1} << t.page_shift < ks.page_size) ++t.page_shift;
-  t.page_inverse = static_cast<uint32_t>(((uint64_t{1} << (31 + t.page_shift)) + ks.page_size - 1) / ks.page_size);
-  // A tile's rows beyond a length are computed with (and not read), so a tile more must fit as well.
-  t.max_pages_per_request = (std::numeric_limits<int32_t>::max() - 64 * kTileTokens) / ks.page_size;
 }
 
 int32_t* running_counter(const Optional<TensorView>& running, DLDevice device) {
@@ -446,6 +451,11 @@ void launch(const Launch& l, int device, const Params&... params) {
          sizeof(FI_PREFETCH_DTYPE_KV) == 2;
 }
 
+/// Bytes of KV that a page table may name from which on it is used for what plan() worked out as well. That leaves the
+/// accelerator no time to look at its maps: calls of 1 to 32 MB take 2 to 9 % longer with it then, larger ones 1 to 2 %
+/// less (H200).
+[[maybe_unused]] constexpr double kFewestPlannedBytes = 64 << 20;
+
 /// The decode kernel for few requests, or for more.
 template <int ROW_TILES, bool TENSOR_COPIES, typename Params>
 void launch_decode(const Launch& l, int device, const Params& p) {
@@ -464,23 +474,44 @@ void launch_attention(const Launch& l, int device, const DecodeParams& p, const 
     launch<fixed_split_kernel<Traits<ROW_TILES>>>(l, device, p, fixed);
   } else {
     if constexpr (has_tensor_copies(ROW_TILES)) {
-      TensorDecodeParams with_maps{p, {}};
-      if (device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 && describe<AnyTraits>(with_maps.maps, p)) {
-        return launch_decode<ROW_TILES, /*TENSOR_COPIES=*/true>(l, device, with_maps);
+      const double most_bytes =
+          static_cast<double>(p.table.num_indices) * p.table.page_size * p.num_kv_heads * 2 * AnyTraits::kRowBytes;
+      if (p.table.page_size % kTileTokens == 0 && (p.planned == nullptr || most_bytes >= kFewestPlannedBytes) &&
+          device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9) {
+        TensorDecodeParams with_maps{p, {}};
+        if (describe<AnyTraits>(with_maps.maps, p)) {
+          return launch_decode<ROW_TILES, /*TENSOR_COPIES=*/true>(l, device, with_maps);
+        }
       }
     }
     launch_decode<ROW_TILES, /*TENSOR_COPIES=*/false>(l, device, p);
   }
 }
 
+/// Where schedule() leaves what it works out for a plan: a record a warp, then the requests.
+struct PlannedMemory {
+  PlannedWork* records;
+  Request* requests;
+
+  PlannedMemory(const TensorView& planned, const Plan& plan, int64_t batch_size, DLDevice device) {
+    const int64_t bytes = plan.blocks * plan.warps * sizeof(PlannedWork) + batch_size * sizeof(Request);
+    check_vector<int32_t>(planned, "planned", bytes / sizeof(int32_t), device);
+    FI_PREFETCH_CHECK(reinterpret_cast<uintptr_t>(planned.data_ptr()) % 16 == 0, ValueError)
+        << "planned: expected a 16-byte aligned address";
+    records = static_cast<PlannedWork*>(planned.data_ptr());
+    requests = reinterpret_cast<Request*>(records + plan.blocks * plan.warps);
+  }
+};
+
 /// FlashInfer's run up to enable_pdl; then what this kernel takes besides. `counters`: int32, zero before the first
 /// run, one buffer per stream of calls; every run leaves it zero. `prefetch`: the fields of PrefetchLevers. `running`:
-/// int32, zero between calls, what prefetch_kv() gets as well.
+/// int32, zero between calls, what prefetch_kv() gets as well. `planned`: what schedule() left for this plan, and a
+/// page table that has stayed as it was then.
 void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, TensorView q, TensorView k, TensorView v,
          TensorView indptr, TensorView indices, TensorView last_page_len, TensorView o, Optional<TensorView> maybe_lse,
          int64_t kv_layout_code, int64_t window_left, bool enable_pdl, Optional<TensorView> maybe_sinks,
          double logits_soft_cap, double sm_scale, double v_scale, double rope_scale, double rope_theta, int64_t q_len,
-         Array<int64_t> prefetch, Optional<TensorView> maybe_running) {
+         Array<int64_t> prefetch, Optional<TensorView> maybe_running, Optional<TensorView> maybe_planned) {
   DecodeParams p{};
   set_cache(p, k, v, indptr, indices, last_page_len, kv_layout_code);
   const DLDevice device = k.device();
@@ -554,7 +585,7 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
   };
   p.dependent_launch = enable_pdl;
   p.levers = {lever(0, 1 << 16), lever(1, 1 << 16), lever(2, 1), lever(3, 2), lever(4, 1)};
-  if (p.levers.ready != kAllButLastToken || !enable_pdl) p.levers.early_load = 0;
+  if (p.levers.ready < kAllButLastToken || !enable_pdl) p.levers.early_load = 0;
 
   if (batch_size == 0) return;
   const Plan made = read_plan(info, rows, p.num_kv_heads, device.device_id);
@@ -581,6 +612,10 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
   p.partials = static_cast<float*>(float_workspace.data_ptr());
   p.counters = static_cast<int32_t*>(counters.data_ptr());
   p.running = running_counter(maybe_running, device);
+  if (maybe_planned.has_value() && !kFixedSplit) {
+    const PlannedMemory planned(maybe_planned.value(), made, batch_size, device);
+    p.planned = planned.records, p.planned_requests = planned.requests;
+  }
 
   tvm::ffi::CUDADeviceGuard guard(device.device_id);
   const Launch l{made.blocks, made.warps, shared_bytes(made.warps, rows), enable_pdl, current_stream(device)};
@@ -623,6 +658,46 @@ void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView ind
   }
 }
 
+/// Works out on the current stream what each warp of run() does with this plan and page table, and leaves it in
+/// `planned`: int32, 512 bytes for each of the plan's warps and 16 for each request. The first run() after it must not
+/// be a programmatic dependent of it.
+void schedule(Array<int64_t> info, TensorView planned, TensorView indptr, TensorView indices, TensorView last_page_len,
+              int64_t page_size, int64_t num_kv_heads, int64_t window_left, int64_t q_len) {
+  FI_PREFETCH_CHECK(!kFixedSplit, ValueError) << "schedule: not with fixed splits";
+  FI_PREFETCH_CHECK(page_size >= 1 && page_size <= std::numeric_limits<int32_t>::max() && num_kv_heads >= 1, ValueError)
+      << "page_size, num_kv_heads: expected 1 or more, got " << page_size << " and " << num_kv_heads;
+  FI_PREFETCH_CHECK(q_len >= 1 && q_len <= kMostQueryRows, ValueError) << "q_len_per_req: got " << q_len;
+  FI_PREFETCH_CHECK((window_left >= 0) == kWindow, ValueError) << "window_left: not what was planned: " << window_left;
+  const DLDevice device = planned.device();
+  FI_PREFETCH_CHECK(device.device_type == kDLCUDA, ValueError)
+      << "planned: expected a CUDA tensor, got " << name_of(device);
+  DecodeParams p{};
+  set_table(p, indptr, indices, last_page_len, page_size, num_kv_heads, device);
+  p.q_len = q_len;
+  p.window_left = std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max() / 2);
+  check_plan_info(info);
+  const int64_t rows = info[5];
+  FI_PREFETCH_CHECK(rows >= 1 && rows <= kMostQueryRows, ValueError)
+      << "plan_info: expected 1 to " << kMostQueryRows << " query rows a kv head, got " << rows;
+  const Plan made = read_plan(info, rows, num_kv_heads, device.device_id);
+  p.min_tiles_per_warp = made.tiles;
+  p.abreast_log2 = made.abreast_log2;
+  const int64_t batch_size = p.table.batch_size;
+  check_batch_size(batch_size, made.warps);
+  if (batch_size == 0) return;
+  const int pages_a_lane = rows <= 8 ? Traits<1>::kPagesPerLane : Traits<2>::kPagesPerLane;
+  const PlannedMemory memory(planned, made, batch_size, device);
+  const ScheduleParams schedule{memory.records, memory.requests, static_cast<uint32_t>(made.blocks),
+                                static_cast<uint32_t>(made.warps),
+                                static_cast<uint32_t>(pages_a_lane * 32 / kTileTokens)};
+  tvm::ffi::CUDADeviceGuard guard(device.device_id);
+  if constexpr (!kFixedSplit) {
+    const uint32_t shared = ScanOf<AnyTraits>::shared_bytes(batch_size);
+    launch<schedule_kernel<AnyTraits>>({made.blocks, made.warps, shared, false, current_stream(device)},
+                                       device.device_id, p, schedule);
+  }
+}
+
 }  // namespace
 }  // namespace fi_prefetch
 
@@ -632,3 +707,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(fix_splits, fi_prefetch::fix_splits);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_size, fi_prefetch::workspace_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, fi_prefetch::run);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefetch_kv, fi_prefetch::prefetch_kv);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(schedule, fi_prefetch::schedule);

@@ -1,6 +1,6 @@
 // The decode kernel: attention of one or a few query tokens per request over a paged KV cache, in one launch.
 //
-//   every block   finds its piece of the line of all tiles                                    schedule.cuh
+//   every block   finds its piece of the line of all tiles, or what plan() noted of it        schedule.cuh, planned.cuh
 //   every warp    prefetches the head of its part, waits for the kernels before this one      prefetch.cuh
 //                 streams its tiles through its own ring of shared memory                     pipeline.cuh
 //                 and keeps softmax and output in registers                                   attention.cuh
@@ -44,21 +44,6 @@ struct SharedMemory {
   }
 };
 
-/// What a warp does, by a page table that was read.
-template <typename T>
-struct Work {
-  Partition partition{0, 1};
-  Piece<T::kWindow> piece;
-  bool some_request_is_empty = false;
-
-  Work() = default;
-  /// Collective over the block.
-  FI_PREFETCH_DEVICE Work(const DecodeParams& p, ScanOf<T>& scan)
-      : partition(cut(p, scan, gridDim.x, warps_per_block())),
-        piece(p, partition, scan, warp_number()),
-        some_request_is_empty(scan.some_request_is_empty()) {}
-};
-
 /// The share that this block (or this warp, where heads are read abreast) has of a run's request and head, which is at
 /// [begin, end) on the line. Collective over the warp.
 FI_PREFETCH_DEVICE Share share_of(const Partition& partition, uint32_t request, uint32_t head, uint32_t begin,
@@ -89,8 +74,8 @@ FI_PREFETCH_DEVICE Share share_of(const Partition& partition, uint32_t request, 
 /// before it have tiles of as well, if it ends in this warp's piece; on the right the one that goes on in the warps
 /// after it. `begin` and `end`: where the request and head's tiles are on the line. Collective over the warp.
 template <typename T>
-FI_PREFETCH_DEVICE void keep_share(const Work<T>& work, uint32_t request, uint32_t head, uint32_t begin, uint32_t end,
-                                   const SharedMemory<T>& shared) {
+FI_PREFETCH_DEVICE void keep_share(const Work<T::kWindow>& work, uint32_t request, uint32_t head, uint32_t begin,
+                                   uint32_t end, const SharedMemory<T>& shared) {
   const uint32_t warp = warp_index();
   const Piece<T::kWindow>& piece = work.piece;
   const bool goes_on = end > piece.begin + piece.count;
@@ -149,7 +134,7 @@ FI_PREFETCH_DEVICE void write_empty_requests(const DecodeParams& p) {
 /// other warps by itself. What merge_own_share() goes on with stays where it is. `begin` and `end`: where the request
 /// and head's tiles are on the line.
 template <typename T>
-FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Work<T>& work, const Run& run, uint32_t begin,
+FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Work<T::kWindow>& work, const Run& run, uint32_t begin,
                                  uint32_t end, WarpAttention<T>& attention, const SharedMemory<T>& shared) {
   const Piece<T::kWindow>& piece = work.piece;
   const bool goes_on = end > piece.begin + piece.count;
@@ -228,26 +213,39 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   const SharedMemory<T> shared(ptx::dynamic_shared_memory(), warps, p.group_size * p.q_len);
   KvPipeline<T> pipeline(p, shared.rings, shared.runs);
   WarpAttention<T> attention(p);
-  Work<T> work;
+  Work<T::kWindow> work;
   const Piece<T::kWindow>& piece = work.piece;
   // What is read before the kernels that this one depends on have finished is final if the caller promised so, else a
   // guess: no more than hints and copies into the ring follow from it until it was compared with what is there after
   // the wait.
-  const bool is_final = p.levers.ready != kNothing;
+  const bool planned = p.planned != nullptr;
+  const bool is_final = p.levers.ready != kNothing || planned;
   const bool early_load = p.levers.early_load > 0;
   bool finished = true;  // the kernels before this one
   bool keep_late = false;
   bool before_wait = p.dependent_launch && (is_final || ScanOf<T>::can_compare(p));
+  uint32_t word = 0;
+  if (planned) {
+    const PlannedWork& record = p.planned[warp_number()];
+    word = ptx::load_and_keep(reinterpret_cast<const int32_t*>(record.words) + lane_index());
+    pipeline.load_planned_pages(record);
+  }
   prefetch_counters(p);
   if (!before_wait) ptx::wait_for_dependencies();
   touch(p);
 
 #pragma unroll 1
   while (true) {
-    const bool scan_in_rings = ScanOf<T>::shared_bytes(p.table.batch_size) > shared.left_partial_bytes();
-    ScanOf<T> scan(p, scan_in_rings ? shared.rings : reinterpret_cast<uint8_t*>(shared.left_partials));
-    work = Work<T>(p, scan);
-    pipeline.start(piece.first, piece.count, scan.of_this_lane());
+    const bool scan_in_rings = !planned && ScanOf<T>::shared_bytes(p.table.batch_size) > shared.left_partial_bytes();
+    ScanOf<T> scan;
+    if (planned) {
+      scan.read_planned(p);
+      work = work_of_words<T::kWindow>(word);
+    } else {
+      scan.read(p, scan_in_rings ? shared.rings : reinterpret_cast<uint8_t*>(shared.left_partials));
+      work = Work<T::kWindow>(p, cut(p, scan, gridDim.x, warps), scan, warp_number());
+    }
+    pipeline.start(piece.first, piece.count, scan.of_this_lane(), planned);
     const bool verify = before_wait && !is_final;
     if (before_wait && !early_load) pipeline.prefetch_head(p.levers.prologue);
 
@@ -282,7 +280,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     // Once outside of the loop, at whose head the compiler waits for all of the loads above.
     if (finished) pipeline.issue();
     before_wait = false;
-    if (!verify && scan.kInSharedMemory) __syncthreads();  // it lies where the left partials are
+    if (!verify && !planned && scan.kInSharedMemory) __syncthreads();  // it lies where the left partials are
     if (!verify || !scan.changed(pipeline.first_pages_changed())) break;
     pipeline.drain();
     if (scan.kInSharedMemory) __syncthreads();

@@ -43,18 +43,23 @@ struct PrefetchLevers {
   int32_t stream;      // 1: KV leaves L2 first once it was read (evict_first)
 };
 
-enum Ready : int32_t { kNothing = 0, kPageTable = 1, kAllButLastToken = 2 };
+enum Ready : int32_t { kNothing = 0, kPageTable = 1, kAllButLastToken = 2, kPlan = 3 };
+
+struct PlannedWork;
+struct Request;
 
 /// What a kernel needs first lies first: a block's first reads of its parameters miss the constant cache, a line at a
 /// time.
 struct DecodeParams {
   PageTable table;
   int32_t num_kv_heads;
-  uint32_t min_tiles_per_warp;  // fewer blocks work when there is less than this to do; 0: the kernel chooses
-  uint32_t abreast_log2;        // log2 of the kv heads that neighbouring warps may read abreast
-  int32_t dependent_launch;     // 1: kernels before this one may still run when it starts
-  int32_t q_len;                // query tokens per request, the newest of it (bottom-right causal)
-  int32_t window_left;          // tokens before the query's own that it sees; only read with a sliding window
+  uint32_t min_tiles_per_warp;      // fewer blocks work when there is less than this to do; 0: the kernel chooses
+  uint32_t abreast_log2;            // log2 of the kv heads that neighbouring warps may read abreast
+  const PlannedWork* planned;       // [gridDim.x * warps]: what plan() worked out of this table; null: the kernel does
+  const Request* planned_requests;  // [batch_size], with `planned`
+  int32_t dependent_launch;         // 1: kernels before this one may still run when it starts
+  int32_t q_len;                    // query tokens per request, the newest of it (bottom-right causal)
+  int32_t window_left;              // tokens before the query's own that it sees; only read with a sliding window
   PrefetchLevers levers;
   KvTensor k;
   KvTensor v;

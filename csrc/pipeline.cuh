@@ -16,9 +16,14 @@ class KvPipeline {
         runs_(runs + warp_index() * T::kStages),
         ring_(ptx::shared_address(rings) + warp_index() * T::kRingBytes) {}
 
-  /// Begins a piece of `count` tiles (perhaps none) from `first` on: loads the page numbers of its first stretch and
-  /// works out where they lie. Before the first issue() the caller loads the next stretch's.
-  FI_PREFETCH_DEVICE void start(const TileCursor<T::kWindow>& first, uint32_t count, const Request& of_this_lane) {
+  /// Starts the load of what plan() noted for start().
+  FI_PREFETCH_DEVICE void load_planned_pages(const PlannedWork& record) { copies_.load_planned_pages(record); }
+
+  /// Begins a piece of `count` tiles (perhaps none) from `first` on: loads the page numbers of its first stretch, where
+  /// they are not `planned`, and works out where they lie. Before the first issue() the caller loads the next
+  /// stretch's.
+  FI_PREFETCH_DEVICE void start(const TileCursor<T::kWindow>& first, uint32_t count, const Request& of_this_lane,
+                                bool planned = false) {
     of_this_lane_ = of_this_lane;
     ahead_ = first;
     count_ = count;
@@ -26,8 +31,12 @@ class KvPipeline {
     stretch_is_done_ = false;
     copies_.restart();
     if (count_ == 0) return;
-    copies_.load_pages(ahead_);
-    copies_.keep_pages();
+    if (planned) {
+      copies_.place_planned_pages(ahead_);
+    } else {
+      copies_.load_pages(ahead_);
+      copies_.keep_pages();
+    }
     take_next_stretch();
     look_ahead();
   }

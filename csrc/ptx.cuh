@@ -76,9 +76,8 @@ FI_PREFETCH_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// ---- copies of tensors' boxes: cp.async.bulk.tensor (9.7.9.27.1.2) and its prefetch (9.7.9.27.1.3),
-// prefetch.tensormap (9.7.9.15), mbarrier (9.7.13.15); nothing before sm_90, where no such kernel is launched
-// ------------------------------
+// ---- copies of tensors' boxes: cp.async.bulk.tensor (9.7.9.27.1.2) and its prefetch (9.7.9.27.1.3) ------------------
+// prefetch.tensormap (9.7.9.15), mbarrier (9.7.13.15). Nothing before sm_90, where no such kernel is launched.
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasTensorCopies = false;

@@ -1,9 +1,7 @@
 // Copies of tiles row by row, each lane 16 bytes at a time: pages may have any size, and a tile's tokens lie anywhere.
 #pragma once
 
-#include "prefetch.cuh"
-#include "schedule.cuh"
-#include "traits.cuh"
+#include "planned.cuh"
 
 namespace fi_prefetch {
 
@@ -77,6 +75,19 @@ class RowCopies {
       page_[i] = place.page;
       slot_[i] = place.slot;
     }
+  }
+
+  /// Starts the load of those that plan() looked up, of the stretch that a piece begins in.
+  FI_PREFETCH_DEVICE void load_planned_pages(const PlannedWork& record) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) page_[i] = ptx::load_and_keep(record.token_pages + i * 32 + lane_index());
+  }
+  /// Says which stretch that is: the one that `at` is in.
+  FI_PREFETCH_DEVICE void place_planned_pages(const TileCursor<T::kWindow>& at) {
+    const int32_t first =
+        at.request.first_token + static_cast<int32_t>(at.tile / kStretch * kStretch * kTileTokens + lane_index());
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) slot_[i] = PageSlot(p_.table, min(first + i * 32, at.request.length - 1)).slot;
   }
 
   /// Goes over to the stretch whose page numbers were loaded, the one that `at` is in.

@@ -102,8 +102,15 @@ FI_PREFETCH_DEVICE Request request_of(const DecodeParams& p, const TableRow& row
   return request;
 }
 
+/// The request of row `r`, or what plan() noted of it, so that all that a call does fits together; an empty one where
+/// `r` is beyond the batch.
 template <bool WINDOW>
 FI_PREFETCH_DEVICE Request load_request(const DecodeParams& p, uint32_t r) {
+  if (p.planned != nullptr) {
+    if (r >= static_cast<uint32_t>(p.table.batch_size)) return {0, 0, 0, 0};
+    const int4 noted = __ldcg(reinterpret_cast<const int4*>(p.planned_requests + r));
+    return {noted.x, noted.y, noted.z, static_cast<uint32_t>(noted.w)};
+  }
   return request_of<WINDOW>(p, load_row(p.table, r));
 }
 
@@ -136,9 +143,15 @@ class RequestScan {
     return FEW_REQUESTS ? 0 : (batch_size + 31) / 32 * 32 * (sizeof(Request) + sizeof(uint32_t));
   }
 
+  RequestScan() = default;
+  /// As read().
+  FI_PREFETCH_DEVICE RequestScan(const DecodeParams& p, uint8_t* shared, uint32_t most_tiles = 1) {
+    read(p, shared, most_tiles);
+  }
+
   /// Reads the page table, for a line of splits of at most `most_tiles` tiles. Collective over the block. `shared`:
   /// shared_bytes of memory, in use until the last locate().
-  FI_PREFETCH_DEVICE RequestScan(const DecodeParams& p, uint8_t* shared, uint32_t most_tiles = 1) {
+  FI_PREFETCH_DEVICE void read(const DecodeParams& p, uint8_t* shared, uint32_t most_tiles = 1) {
     const uint32_t batch_size = p.table.batch_size;
     const uint32_t lane = lane_index();
     if constexpr (FEW_REQUESTS) {
@@ -168,6 +181,11 @@ class RequestScan {
     for (uint32_t group = 0; group < groups_; ++group) longest = max(longest, requests_[group * 32 + lane].tiles);
     total_ = __reduce_add_sync(kFullWarp, sum);
     longest_ = __reduce_max_sync(kFullWarp, longest);
+  }
+
+  /// In read()'s place where work was planned: no more than of_this_lane() tells.
+  FI_PREFETCH_DEVICE void read_planned(const DecodeParams& p) {
+    if constexpr (FEW_REQUESTS) request_ = load_request<WINDOW>(p, lane_index());
   }
 
   /// Whether changed() can tell: it compares what is still in registers, for the shared memory is soon in use.

@@ -56,6 +56,17 @@ class TensorCopies {
     slot_ = place.slot;
   }
 
+  /// Starts the load of those that plan() looked up, of the stretch that a piece begins in.
+  FI_PREFETCH_DEVICE void load_planned_pages(const PlannedWork& record) {
+    page_ = ptx::load_and_keep(record.tile_pages + lane_index());
+  }
+  /// Says which stretch that is: the one that `at` is in.
+  FI_PREFETCH_DEVICE void place_planned_pages(const TileCursor<T::kWindow>& at) {
+    const int32_t first =
+        at.request.first_token + static_cast<int32_t>((at.tile / kStretch * kStretch + lane_index()) * kTileTokens);
+    slot_ = PageSlot(p_.table, min(first, at.request.length - 1)).slot;
+  }
+
   /// Goes over to the stretch whose page numbers were loaded.
   FI_PREFETCH_DEVICE void take_pages(const TileCursor<T::kWindow>&) {
     current_page_ = static_cast<int32_t>(clamped_page(p_.table, page_));

@@ -942,7 +942,10 @@ def profile(
 @click.option("--page", type=click.IntRange(1), default=1, show_default=True, help="Tokens a page.")
 @click.option("--policy", default=None, help="Prefetch policy. [default: FI_PREFETCH_POLICY, else auto]")
 @click.option(
-    "--ready", type=click.Choice(("nothing", "page_table", "all_but_last_token")), default="nothing", show_default=True
+    "--ready",
+    type=click.Choice(("nothing", "page_table", "all_but_last_token", "plan")),
+    default="nothing",
+    show_default=True,
 )
 @click.option(
     "--gpu", type=click.Choice(("h100", "h200", "h20")), help="As on this GPU. [default: the one here, else h200]"

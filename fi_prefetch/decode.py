@@ -24,7 +24,7 @@ from flashinfer.utils import device_support_pdl
 from . import checks, device, dispatch, torch_op
 from .decision import Decision, decide, kernel_for, on_device, workspace_size
 from .dispatch import DecodeSpec, KernelChoice
-from .launch import Call, host_number, run_kernel, run_reference
+from .launch import Call, host_number, planned_entries, run_kernel, run_reference, schedule
 from .planned_module import PlannedModule
 from .prefetch import READY_CODES, LaunchFacts, PrefetchPlan, PrefetchPolicy, resolve, stretch_tiles
 
@@ -86,7 +86,10 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
                 FI_PREFETCH_POLICY, else "auto".
             ready: what is final in memory while kernels before this one in the stream may still run, under
                 programmatic dependent launch: "nothing"; "page_table" (indptr, indices, last_page_len); or
-                "all_but_last_token" (these, and all KV but each request's last token).
+                "all_but_last_token" (these, and all KV but each request's last token). Or "plan": all that, and that
+                the page table stays as the last `plan` found it, which FlashInfer asks of everybody. Then `plan` works
+                out once, on its stream, who reads what, and every `run` after it starts sooner; a captured graph needs
+                a new `plan` before it is replayed on another page table.
 
         Raises ValueError or TypeError for a bad argument, by name; TypeError also for `jit_kwargs` where the installed
         FlashInfer does not know it.
@@ -137,6 +140,14 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         # graphs, so that calls that overlap cannot miscount. Kept when outgrown: captured graphs go on using theirs.
         self._counters: list[torch.Tensor] = []
         self._counters_of: dict[int | None, torch.Tensor] = {}
+        # With ready="plan": what each warp of the current plan's launches does, and whether no run has used it yet. The
+        # memory is the wrapper's own: a spec's in a CUDA-graph wrapper, where captured graphs go on reading it and
+        # plans write it anew; else one for all plans (None). Kept when outgrown, as a run on another stream may be at
+        # it, and when a graph was captured, which is that plan's for good.
+        self._planned: torch.Tensor | None = None
+        self._planned_just_now = False
+        self._planned_of: dict[DecodeSpec | None, torch.Tensor] = {}
+        self._planned_before: list[torch.Tensor] = []
         self._prefetch_codes: dict[bool, list[int]] = {}
         # Blocks of a run that read KV now: `prefetch_kv` gives way to them, and once it was called, runs count them.
         # Made here, since its first call may be captured, and would zero this only when that graph is replayed.
@@ -259,7 +270,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         """Plans the decode of a batch, as FlashInfer's `plan`.
 
         Where our kernel serves, this looks at shapes only: no copy to the host, no wait, the same work for any batch.
-        The page table is read when `run` runs, and may change until then in the buffers of a CUDA-graph wrapper.
+        The page table is read when `run` runs, and may change until then in the buffers of a CUDA-graph wrapper; unless
+        the wrapper was made with `ready="plan"`: then a kernel reads it now.
 
         Args:
             indptr: int32 [batch_size + 1], on the wrapper's device or the CPU; like the next two, copied first if it
@@ -298,6 +310,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         self._set_page_table(indptr, indices, last_page_len, non_blocking)
         self._adopt(decision)
         self._set_plan_attributes(block_tables, **scales)
+        self._schedule()
 
     begin_forward = plan
     # FlashInfer 0.7's fast_decode_plan comes here for what its fast path has no kernel for.
@@ -403,6 +416,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
 
     def _adopt(self, decision: Decision) -> None:
         """Makes a decision the current plan."""
+        self._planned = None
         if decision is not self._decision:
             self._decision = decision
             self._prefetch_codes = {}
@@ -442,6 +456,40 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
                 self._counters_of[stream] = counters
                 self._counters.append(counters)
         return counters
+
+    def _schedule(self) -> None:
+        """Works out what each warp of the current plan's launches does, where the page table stays as it is.
+
+        Not while a graph is captured: what is captured has not been done, and eager runs would use it.
+        """
+        decision = self._decision
+        served = decision.module is not None and decision.spec.split_tokens is None and decision.spec.batch_size > 0
+        if self._ready != "plan" or not served or self._is_capturing():
+            self._planned = None
+            return
+        key = decision.spec if self._use_cuda_graph else None
+        entries = planned_entries(decision)
+        planned = self._planned_of.get(key)
+        if planned is None or planned.numel() < entries:
+            if planned is not None:
+                self._planned_before.append(planned)
+            size = 1 << (entries - 1).bit_length()
+            # Zero: no work, should anybody read it before it is written.
+            planned = self._planned_of[key] = torch.zeros(size, dtype=torch.int32, device=self.device)
+        table = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
+        schedule(decision, *table, planned)
+        self._planned, self._planned_just_now = planned, True
+
+    def _planned_for_run(self) -> torch.Tensor | None:
+        """What it left for the current plan.
+
+        A plain wrapper's graph reads the page table of its own plan, so no later one is written over what it goes by.
+        """
+        if self._planned is not None and not self._use_cuda_graph and self._is_capturing():
+            kept = self._planned_of.pop(None, None)
+            if kept is not None:
+                self._planned_before.append(kept)
+        return self._planned
 
     def _current_stream(self) -> int | None:
         """The current stream's handle; None on the CPU and while a graph is captured."""
@@ -519,6 +567,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             self._plan_with_flashinfer(spec, indptr_host, *table[1:], **self._scales())
         else:
             self._set_plan_attributes(None, **self._scales())
+            self._schedule()
         return self._plan_info
 
     def _scales(self) -> dict[str, float | None]:
@@ -722,11 +771,14 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
                 run_reference(decision, call)
             else:
                 pdl = device_support_pdl(self.device) and (enable_pdl is None or bool(enable_pdl))
+                # The kernel before may be the one that works out the schedule, which ours reads at once.
+                pdl, self._planned_just_now = pdl and not self._planned_just_now, False
                 codes = self._prefetch_codes.get(pdl)
                 if codes is None:
                     codes = self._prefetch_codes[pdl] = self._resolve_prefetch(pdl).codes()
                 counters = self._reserve_counters(decision.counter_bytes, self._current_stream())
-                run_kernel(decision, call, self._float_workspace_buffer, counters, pdl, codes, self._running)
+                memory = self._float_workspace_buffer, counters
+                run_kernel(decision, call, *memory, pdl, codes, self._running, self._planned_for_run())
         self._choice = decision.choice
         if v_number is None:
             # A scale on the GPU, or one a head: FlashInfer, too, multiplies afterwards.

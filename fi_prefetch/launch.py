@@ -44,7 +44,7 @@ class Call:
 
 def run_kernel(
     decision: Decision, call: Call, workspace: torch.Tensor, counters: torch.Tensor, pdl: bool, prefetch: list[int],
-    running: torch.Tensor | None,
+    running: torch.Tensor | None, planned: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Our kernel, on the current stream.
 
@@ -53,6 +53,8 @@ def run_kernel(
         pdl: launch as a programmatic dependent of the kernel before.
         prefetch: `PrefetchPlan.codes()`.
         running: int32, counts blocks while they read, for a window's prefetch to give way; None: nobody asks.
+        planned: what `schedule` left for the decision and a page table that has not changed since; None: the kernel
+            makes its own schedule.
     """
     spec = decision.spec
     with on_device(workspace.device):
@@ -80,7 +82,36 @@ def run_kernel(
             spec.q_len_per_req,
             prefetch,
             running,
+            planned,
         )
+
+
+def schedule(
+    decision: Decision, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, planned: torch.Tensor
+) -> None:
+    """Works out on the current stream what each warp of the decision's launches does with a page table.
+
+    Args:
+        planned: int32 [at least planned_entries(decision)], where it is left.
+    """
+    spec = decision.spec
+    with on_device(planned.device):
+        decision.module.schedule(
+            decision.plan_info,
+            planned,
+            indptr,
+            indices,
+            last_page_len,
+            spec.page_size,
+            spec.num_kv_heads,
+            spec.window_left,
+            spec.q_len_per_req,
+        )
+
+
+def planned_entries(decision: Decision) -> int:
+    """Of a decision's `schedule`: 512 bytes a warp and 16 a request (csrc/planned.cuh)."""
+    return decision.blocks * decision.warps * 128 + decision.spec.batch_size * 4
 
 
 def run_reference(decision: Decision, call: Call) -> None:

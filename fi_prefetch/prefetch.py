@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 MIB = 1 << 20
-READY_CODES = {"nothing": 0, "page_table": 1, "all_but_last_token": 2}
+# Each one promises what those before it do.
+READY_CODES = {"nothing": 0, "page_table": 1, "all_but_last_token": 2, "plan": 3}
 
 # Up to this much KV a call, the first tiles' latency is a visible part of the call, and the prologue hides it; one tile
 # a warp hides as much as two.
@@ -308,6 +309,6 @@ def _resolve_early_load(policy: PrefetchPolicy, facts: LaunchFacts, pdl: bool) -
         return False, "without programmatic dependent launch there is no wait to load before"
     if facts.fixed_split:
         return False, _STARTS_WITH_THE_WAIT
-    if facts.ready != "all_but_last_token":
+    if READY_CODES[facts.ready] < READY_CODES["all_but_last_token"]:
         return False, f'ready is "{facts.ready}"'
     return True, "the policy says so"

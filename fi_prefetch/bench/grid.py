@@ -64,7 +64,7 @@ def measure(spec: dict[str, Any], context: Context) -> dict[str, Any]:
     errors: dict[str, float] = {}
 
     def ours() -> Call:
-        wrapper, call = prepare_ours(inputs, policy)
+        wrapper, call = prepare_ours(inputs, policy, "plan")
         row.update(kernel=wrapper.kernel_choice.reason, levers=wrapper.prefetch_plan.codes())
         return call
 

@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[PrefetchPolicy, str, bool]] = {
     "early_load": (*POLICIES["early_load"], True),
     "auto": (*POLICIES["auto"], True),
     "auto_ready": (*POLICIES["auto_ready"], True),
+    "auto_plan": (*POLICIES["auto_plan"], True),
     "no_dependent_launch_again": (*POLICIES["off"], False),
 }
 

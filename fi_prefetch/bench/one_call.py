@@ -22,7 +22,7 @@ from .shapes import Shape
 def prepared(kernel: str, policy: str, inputs: DecodeInputs) -> Call:
     """A kernel's call by the names in a request; raises `baselines.Unsupported` where it does not serve the shape."""
     prepare: dict[str, Callable[[DecodeInputs], Call]] = {
-        "fi_prefetch": lambda inputs: prepare_ours(inputs, policy)[1],
+        "fi_prefetch": lambda inputs: prepare_ours(inputs, policy, "plan")[1],
         "paper": functools.partial(paper.prepare, prefetch="off" if policy == "off" else "bulk"),
         "fa3": BASELINES["fa3"],
     }

@@ -29,6 +29,7 @@ POLICIES: dict[str, tuple[PrefetchPolicy, str]] = {
     "early_load": (PrefetchPolicy(**{**_ALONE, "early_load": True}), "all_but_last_token"),
     "streaming_hint": (PrefetchPolicy(**{**_ALONE, "streaming_hint": True}), "nothing"),
     "auto_ready": (PrefetchPolicy.named("auto"), "all_but_last_token"),
+    "auto_plan": (PrefetchPolicy.named("auto"), "plan"),
     "off_again": (PrefetchPolicy.named("off"), "nothing"),
 }
 

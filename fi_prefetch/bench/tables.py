@@ -29,6 +29,7 @@ LEVER_COLUMNS = {
 LAYER_COLUMNS = {
     "auto": "ours",
     "auto_ready": "with promises",
+    "auto_plan": "planned once",
     "flashinfer_fa2": "FlashInfer fa2",
     "fa3": "FlashAttention-3",
 }
@@ -158,13 +159,15 @@ def times(result: dict[str, Any]) -> Table:
 
 
 def layer(result: dict[str, Any]) -> Table:
-    """What attention costs in a decoder layer."""
+    """What attention costs in a decoder layer. Older files have not got all columns."""
+    columns = [name for name in LAYER_COLUMNS if any(name in row["attention_us"] for row in result["rows"])]
     lines = []
     for row in result["rows"]:
         ranks = row["tensor_parallel"]
         name = row["model"].replace("llama", "Llama").replace("b", "B") + ("" if ranks == 1 else f" TP-{ranks}")
-        lines.append((name, batch(row), *(microseconds(row["attention_us"].get(column)) for column in LAYER_COLUMNS)))
-    return Table("Attention in a decoder layer, us", ("model", "batch", *LAYER_COLUMNS.values()), lines, words=2)
+        lines.append((name, batch(row), *(microseconds(row["attention_us"].get(column)) for column in columns)))
+    names = (LAYER_COLUMNS[column] for column in columns)
+    return Table("Attention in a decoder layer, us", ("model", "batch", *names), lines, words=2)
 
 
 def levers(result: dict[str, Any]) -> Table:

@@ -19,7 +19,8 @@ class ServedDecodeWrapper(BatchDecodeWithPagedKVCacheWrapper):
 
     SGLang calls `begin_forward` before every replay, and after the capture puts FlashInfer's `fast_decode_plan` in its
     place, which wants the page table on the host. Our kernel reads the page table in the buffers of the graph, which
-    SGLang has just filled on the device, so there is nothing left to do.
+    SGLang has just filled on the device, so nothing is left to do but, where the promise is "plan", to work out who
+    reads what.
     """
 
     @property
@@ -38,7 +39,9 @@ class ServedDecodeWrapper(BatchDecodeWithPagedKVCacheWrapper):
             indptr.data_ptr() == self._paged_kv_indptr_buf.data_ptr()
             and indices.data_ptr() == self._paged_kv_indices_buf.data_ptr()
         )
-        if not in_place:
+        if in_place:
+            self._schedule()
+        else:
             self.plan(indptr, indices, *args, **kwargs)
 
     def forward(

@@ -12,6 +12,10 @@ kernel that waits before it lets the next one start: the embedding lookup or, on
 layer's norm. The overlap scheduler prepares the next batch on the CPU and launches into the same stream; where SGLang
 prepares metadata on a stream of its own, the layers' stream waits for an event, which is a full wait too.
 
+**The page table stays as it was planned.** It is planned after it was filled, in the same function and on the same
+stream: `begin_forward` of every wrapper, before a step without a graph and before every replay (there
+`ServedDecodeWrapper._keep_plan`). So what `plan` works out once holds for all layers of the step.
+
 **Nothing but each request's newest token is written in a decode step.** Every attention layer stores K and V of this
 step's tokens (`set_kv_buffer`, our `kv_store`, or the rope kernel that does it on the way) right before its attention;
 each request has one, at the end of its page table. That store may still be running when our kernel starts, or, being
@@ -56,7 +60,7 @@ def keeps(server_args: Any) -> Promise:
     if server_args.enable_pdmux:
         kept = Promise("page_table", "with --enable-pdmux prefill writes KV in another stream")
     else:
-        kept = Promise("all_but_last_token", "a decode step writes one token a request, and its page table before")
+        kept = Promise("plan", "a decode step writes one token a request, and its page table before it is planned")
     most = settings.most_ready()
     if READY_CODES[most] < READY_CODES[kept.ready]:
         return Promise(most, f"{settings.READY_VARIABLE}={most}")

@@ -15,7 +15,7 @@ WINDOWS = ("off", "all_reduce")
 
 def most_ready() -> str:
     """The strongest `ready` to promise; ValueError for a name that is none."""
-    return _one_of(READY_VARIABLE, tuple(READY_CODES), "all_but_last_token")
+    return _one_of(READY_VARIABLE, tuple(READY_CODES), "plan")
 
 
 def window() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,8 +60,10 @@ EMULATOR_EXPORT const char* decode(const void* q, void* o, float* lse, const flo
                                    const uint8_t* v, const int32_t* indptr, const int32_t* indices,
                                    const int32_t* last_page_len, float* partials, int32_t* counters, const int64_t* n,
                                    const double* x, int64_t blocks, int64_t warps, int64_t seed, int64_t resident,
-                                   void (*dependencies_end)()) {
-  const DecodeParams p = params(q, o, lse, sinks, k, v, indptr, indices, last_page_len, partials, counters, n, x);
+                                   void (*dependencies_end)(), const void* planned) {
+  DecodeParams p = params(q, o, lse, sinks, k, v, indptr, indices, last_page_len, partials, counters, n, x);
+  p.planned = static_cast<const PlannedWork*>(planned);
+  p.planned_requests = reinterpret_cast<const Request*>(p.planned + blocks * warps);
   uint32_t bytes = SharedMemory<T>::bytes(warps, p.group_size * p.q_len);
   const emulator::Launch launch{.grid = dim3(blocks), .block = dim3(32 * warps), .shared_bytes = bytes,
                                 .seed = uint64_t(seed), .resident_blocks = int(resident),
@@ -75,6 +78,22 @@ EMULATOR_EXPORT const char* decode(const void* q, void* o, float* lse, const flo
     }
   }
   return emulator::launch(launch, few ? decode_kernel<Traits<true>> : decode_kernel<T>, p);
+}
+
+EMULATOR_EXPORT const char* schedule(const void* q, void* o, float* lse, const float* sinks, const uint8_t* k,
+                                     const uint8_t* v, const int32_t* indptr, const int32_t* indices,
+                                     const int32_t* last_page_len, float* partials, int32_t* counters, const int64_t* n,
+                                     const double* x, int64_t blocks, int64_t warps, int64_t seed, int64_t own_blocks,
+                                     void* planned) {
+  DecodeParams p = params(q, o, lse, sinks, k, v, indptr, indices, last_page_len, partials, counters, n, x);
+  auto* records = static_cast<PlannedWork*>(planned);
+  return emulator::launch({.grid = dim3(own_blocks), .block = dim3(32 * warps),
+                           .shared_bytes = RequestScan<T::kWindow, false>::shared_bytes(p.table.batch_size),
+                           .seed = uint64_t(seed), .resident_blocks = 2},
+                          schedule_kernel<T>, p,
+                          ScheduleParams{records, reinterpret_cast<Request*>(records + blocks * warps),
+                                         uint32_t(blocks), uint32_t(warps),
+                                         T::kPagesPerLane * 32 / kTileTokens});
 }
 
 EMULATOR_EXPORT const char* fixed_split(const void* q, void* o, float* lse, const float* sinks, const uint8_t* k,
@@ -137,6 +156,8 @@ class Problem:
     warps: int = 4
     min_tiles: int = 1
     abreast_log2: int = 0
+    plans: bool = False  # what warps do is worked out by a kernel of its own before; and what happens then
+    after_plan: Callable[[], None] | None = None
     seed: int = 0
     resident: int = 3
     stages: int | None = None
@@ -247,7 +268,14 @@ def launch(problem: Problem):
     emulator.register(lib, *memory)
     grid = (problem.blocks, problem.warps, problem.seed, problem.resident)
     if problem.split_tiles is None:
-        emulator.call(lib, "decode", *call, *grid, problem.dependencies_end)
+        entries = problem.blocks * problem.warps * 128 + len(problem.last_page_len) * 4
+        planned = np.zeros(entries, dtype=np.int32) if problem.plans else None
+        if planned is not None:
+            emulator.register(lib, *memory, planned)
+            emulator.call(lib, "schedule", *call, *grid[:3], 1 + problem.seed % problem.blocks, planned)
+            if problem.after_plan is not None:
+                problem.after_plan()
+        emulator.call(lib, "decode", *call, *grid, problem.dependencies_end, planned)
     else:
         splits = (problem.split_tiles, problem.most_splits)
         emulator.call(lib, "fixed_split", *call, *grid, *splits, problem.dependencies_end)

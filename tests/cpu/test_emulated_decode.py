@@ -76,6 +76,37 @@ def test_both_ways_to_copy_give_the_same_bits(lengths, hnd, page_size):
     assert_right(make_problem(lengths, **options))
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, [400, 0, 3] * 12, [9] * 140, [2000]], ids=["few", "more", "many", "one"])
+@pytest.mark.parametrize("ready", [1, 3])
+@pytest.mark.parametrize("options", [
+    {"page_size": 1}, {"page_size": 3, "head_dim": 64}, {"page_size": 16, "tensor_copies": True},
+    {"page_size": 32, "hnd": True, "tensor_copies": True}, {"page_size": 1, "heads_q": 32},
+    {"page_size": 1, "window_left": 70}, {"page_size": 16, "kv_dtype": torch.float8_e4m3fn},
+    {"page_size": 1, "abreast_log2": 1}, {"page_size": 1, "levers": (0, 2, 1, 3, 1)},
+], ids=["tokens", "small heads", "tiles", "HND", "many rows", "window", "fp8", "abreast", "early load"])  # fmt: skip
+def test_what_was_planned_gives_the_same_bits(lengths, ready, options):
+    """Each warp does what it would have worked out by itself, from page numbers that were looked up before."""
+    options = {"heads_q": 8, "heads_kv": 2, "levers": (0, 1, 0, ready, 1)} | options
+    alone, planned = (emulated.run(make_problem(lengths, plans=plans, **options))[:2] for plans in (False, True))
+    assert torch.equal(alone[0], planned[0]) and torch.equal(alone[1], planned[1])
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [400, 0, 3] * 12, [2000]], ids=["few", "more", "one"])
+def test_lengths_that_change_after_the_plan_change_nothing(lengths):
+    """It was promised that they do not. All blocks still agree on who merges what, and leave the counters at zero."""
+    options = {"heads_q": 8, "heads_kv": 2, "page_size": 1, "levers": (0, 1, 0, 3, 1)}
+    alone = emulated.run(make_problem(lengths, **options))[:2]
+    problem = make_problem(lengths, plans=True, **options)
+
+    def forget_the_lengths():
+        problem.indptr.zero_()
+        problem.last_page_len.zero_()
+
+    problem.after_plan = forget_the_lengths
+    planned = emulated.run(problem)[:2]
+    assert torch.equal(alone[0], planned[0]) and torch.equal(alone[1], planned[1])
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("heads_q", [4, 16])
 def test_tensor_copies_of_every_width_of_a_row(head_dim, heads_q):

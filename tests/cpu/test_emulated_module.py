@@ -104,12 +104,12 @@ def test_several_query_tokens(group, q_len):
     assert_wrapper_is_right(batch, plan={"q_len_per_req": q_len})
 
 
-@pytest.mark.parametrize("ready", ["nothing", "page_table", "all_but_last_token"])
+@pytest.mark.parametrize("ready", ["nothing", "page_table", "all_but_last_token", "plan"])
 def test_promises(ready):
     for early_load in ("auto", False, True):
         policy = fi_prefetch.PrefetchPolicy(early_load=early_load)
         wrapper = assert_wrapper_is_right(make_batch([40, 1, 130], dtype=BF16), ready=ready, prefetch=policy)
-        assert wrapper.prefetch_plan.early_load == (early_load is True and ready == "all_but_last_token")
+        assert wrapper.prefetch_plan.early_load == (early_load is True and ready in ("all_but_last_token", "plan"))
 
 
 def test_one_wrapper_over_many_plans():
@@ -241,7 +241,7 @@ def module_arguments(problem, position="NONE", fixed_split=False, **changes):
         "last_page_len": problem.last_page_len, "o": torch.empty_like(problem.q),
         "lse": torch.empty(problem.q.shape[:2]), "layout": 0, "window_left": -1, "pdl": True, "sinks": None,
         "soft_cap": 0.0, "sm_scale": 0.1, "v_scale": 1.0, "rope_scale": 1.0, "rope_theta": 1e4, "q_len": problem.q_len,
-        "prefetch": [0, 0, 0, 0, 0], "running": None,
+        "prefetch": [0, 0, 0, 0, 0], "running": None, "planned": None,
     }  # fmt: skip
     assert rows <= 16 and not changes.keys() - arguments.keys()
     return module, list((arguments | changes).values())
@@ -329,6 +329,17 @@ BAD_INPUT = {
     "rope_scale": (bad(rope_scale=0.0, position="ROPE_LLAMA"), ValueError, "rope_scale, rope_theta: expected 0.001"),
     "rope_theta": (bad(rope_theta=math.nan, position="ROPE_LLAMA"), ValueError, "got 1 and nan"),
     "short sinks": (bad(sinks=torch.zeros(3)), ValueError, "sinks: expected at least 4"),
+    "records for too few warps": (
+        bad(planned=torch.zeros(5 * 8 * 128 + 7, dtype=torch.int32)),
+        ValueError,
+        "planned: expected at least 5128",
+    ),
+    "records of another type": (bad(planned=torch.zeros(5 * 8 * 128 + 8)), TypeError, "planned: expected dtype int32"),
+    "records misaligned": (
+        bad(planned=torch.zeros(5 * 8 * 128 + 9, dtype=torch.int32)[1:]),
+        ValueError,
+        "planned: expected a 16-byte aligned",
+    ),
     "running of another type": (bad(running=torch.zeros(1)), TypeError, "running: expected dtype int32"),
     "a plan without splits": (
         bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 0], fixed_split=True),
@@ -395,7 +406,7 @@ def test_levers_out_of_range_are_clamped():
     module, arguments = module_arguments(problem)
     module.run(*arguments)
     expected = arguments[9].clone()
-    arguments[-2] = [2**40, 2**40, 7, -3, 9]
+    arguments[-3] = [2**40, 2**40, 7, -3, 9]
     module.run(*arguments)
     assert torch.equal(arguments[9], expected)
 
@@ -683,3 +694,60 @@ def test_window_op_leaves_fixed_splits_alone():
     module, k, v = wrapper._decision.module, batch.cache[:, 0], batch.cache[:, 1]
     with pytest.raises(ValueError, match="prefetch_kv: not with fixed splits"):
         module.prefetch_kv(wrapper._decision.plan_info, k, v, *batch.table, 0, -1, 1, 1 << 20, 5, True, None)
+
+
+def schedule_arguments(**changes):
+    """Arguments of the module's schedule for a small batch, some of them replaced."""
+    problem = emulated.make_problem([40, 7], dtype=BF16, head_dim=128)
+    module, arguments = module_arguments(problem)
+    named = {
+        "plan_info": arguments[2], "planned": torch.zeros(5 * 8 * 128 + 8, dtype=torch.int32), "indptr": problem.indptr,
+        "indices": problem.indices, "last_page_len": problem.last_page_len, "page_size": problem.k.shape[1],
+        "num_kv_heads": problem.k.shape[2], "window_left": -1, "q_len": 1,
+    }  # fmt: skip
+    return module, list((named | changes).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (bad(planned=torch.zeros(5 * 8 * 128 + 7, dtype=torch.int32)), ValueError, "planned: expected at least 5128"),
+        (bad(planned=torch.zeros(5 * 8 * 128 + 8)), TypeError, "planned: expected dtype int32"),
+        (bad(indptr=torch.zeros(2, dtype=torch.int32)), ValueError, "paged_kv_indptr: expected at least 3"),
+        (bad(page_size=0), ValueError, "page_size, num_kv_heads: expected 1 or more, got 0 and"),
+        (bad(window_left=5), ValueError, "window_left: not what was planned: 5"),
+        (bad(q_len=17), ValueError, "q_len_per_req: got 17"),
+        (bad(plan_info=[5, 8]), ValueError, "plan_info: expected the 9 numbers"),
+        (bad(plan_info=[5, 8, 0, 0, 0, 17, 0, 3, 0]), ValueError, "plan_info: expected 1 to 16 query rows"),
+        (bad(plan_info=[5, 9, 0, 0, 0, 2, 0, 3, 0]), ValueError, "plan_info: 5 blocks of 9 warps"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_schedule_refuses_before_it_launches(changes, error, message):
+    module, arguments = schedule_arguments(**changes)
+    with pytest.raises(error, match=message):
+        module.schedule(*arguments)
+
+
+def test_schedule_is_not_for_fixed_splits():
+    problem = emulated.make_problem([40, 7], dtype=BF16, head_dim=128)
+    module, arguments = module_arguments(problem, fixed_split=True)
+    with pytest.raises(ValueError, match="schedule: not with fixed splits"):
+        module.schedule(arguments[2], arguments[1], *arguments[6:9], 16, 2, -1, 1)
+
+
+@pytest.mark.parametrize("lengths", [[40, 1, 130, 0], [9, 300] * 20])
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 64}, {"kv_dtype": E4M3, "head_dim": 128}], ids=str)
+def test_planned_launches_give_the_same_bits(lengths, changes):
+    """Through the wrapper, again and again, also after another plan in between."""
+    batches = [make_batch(lengths, dtype=BF16, **changes), make_batch(lengths[::-1], dtype=BF16, **changes)]
+    plain, promised = (
+        fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(workspace(), ready=ready) for ready in ("nothing", "plan")
+    )
+    for batch in (*batches, *batches):
+        outputs = []
+        for wrapper in (plain, promised):
+            wrapper.plan(*batch.table, *batch.shape, **batch.dtypes)
+            for _ in range(2):
+                outputs.append(wrapper.run(batch.q, batch.cache))
+        assert all(torch.equal(outputs[0], other) for other in outputs[1:])

@@ -684,13 +684,16 @@ class FakeModule:
     def run(
         self, float_workspace, counters, plan_info, q, k, v, indptr, indices, last_page_len, o, lse, layout,
         window_left, enable_pdl, sinks, soft_cap, sm_scale, v_scale, rope_scale, rope_theta, q_len, prefetch, running,
+        planned,
     ) -> None:  # fmt: skip
-        self.calls.append(("run", (enable_pdl, prefetch, counters, plan_info)))
+        self.calls.append(("run", (enable_pdl, prefetch, counters, plan_info, planned)))
         assert isinstance(enable_pdl, bool) and len(prefetch) == 5 and len(plan_info) == 9
         assert (window_left >= 0, soft_cap > 0) == (self.variant.sliding_window, self.variant.soft_cap)
         assert (q.dtype, k.dtype, o.dtype) == (self.variant.dtype_q, self.variant.dtype_kv, self.variant.dtype_o)
         assert counters.dtype == torch.int32 and 4 * counters.numel() >= plan_info[4] and not counters.any()
         assert running is None or (running.dtype == torch.int32 and not running.any())
+        if planned is not None:
+            assert planned.tolist() == self.scheduled(indptr, indices, last_page_len, planned), "an old schedule"
         assert sinks is None or (sinks.dtype == torch.float32 and sinks.is_contiguous())
         result, result_lse = reference.batch_decode(
             q, k, v, indptr, indices, last_page_len, kv_layout=["NHD", "HND"][layout], sm_scale=sm_scale,
@@ -703,6 +706,22 @@ class FakeModule:
 
     def prefetch_kv(self, *args: Any) -> None:
         self.calls.append(("prefetch_kv", args))
+
+    def schedule(
+        self, plan_info, planned, indptr, indices, last_page_len, page_size, num_kv_heads, window_left, q_len
+    ) -> None:  # fmt: skip
+        self.calls.append(("schedule", (plan_info, planned)))
+        assert (window_left >= 0) == self.variant.sliding_window and not self.variant.fixed_split
+        assert planned.dtype == torch.int32 and planned.numel() >= plan_info[0] * plan_info[1] * 128 + 4 * len(
+            last_page_len
+        )
+        assert q_len >= 1 and page_size >= 1 and num_kv_heads >= 1
+        planned.copy_(torch.tensor(self.scheduled(indptr, indices, last_page_len, planned), dtype=torch.int32))
+
+    @staticmethod
+    def scheduled(indptr, indices, last_page_len, planned) -> list[int]:
+        """Stands for what a schedule of this page table is."""
+        return [hash((*indptr.tolist(), *indices.tolist(), *last_page_len.tolist())) % (1 << 31)] * planned.numel()
 
     def names(self) -> list[str]:
         return [name for name, _ in self.calls]
@@ -795,7 +814,7 @@ def test_gpu_prefetch_plan(gpu, half_batch):
     module = only(gpu.modules)
     for enable_pdl, prologue in ((None, 1), (True, 1), (False, 0)):
         wrapper.run(half_batch.q, half_batch.cache, enable_pdl=enable_pdl)
-        pdl, codes, _, _ = module.calls[-1][1]
+        pdl, codes, *_ = module.calls[-1][1]
         assert pdl == (enable_pdl is not False)
         assert codes == [plan.run_ahead, prologue, 0, 1, 1]
     assert PrefetchPolicy.parse("off") == planned(half_batch, prefetch="off")._policy
@@ -937,6 +956,83 @@ def test_gpu_counters_made_in_a_capture_are_that_graphs_alone(gpu, half_batch, m
     third = counters_of_a_run()
     assert third is wrapper._counters[0] and counters_of_a_run() is third
     assert all(third is not other for other in (first, second))
+
+
+def test_gpu_plans_work_out_a_schedule_where_the_page_table_stays(gpu, half_batch):
+    """Anew for every plan, in the same memory; the run after it does not start before it is there."""
+    wrapper = planned(half_batch, ready="plan")
+    module = only(gpu.modules)
+    memory = module.calls[-1][1][1]
+    assert module.names()[-1] == "schedule"
+    for dependent in (False, True):
+        wrapper.run(half_batch.q, half_batch.cache)
+        pdl, _, _, _, given = module.calls[-1][1]
+        assert given is memory and pdl is dependent
+    half_batch.table[1].copy_(half_batch.table[1].flip(0))
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    assert module.calls[-1] == ("schedule", (module.calls[-1][1][0], memory))
+    wrapper.run(half_batch.q, half_batch.cache)
+    assert module.calls[-1][1][4] is memory and module.calls[-1][1][0] is False
+
+
+def test_gpu_no_schedule_without_the_promise_or_with_fixed_splits(gpu, half_batch):
+    for options, ready in (({}, "all_but_last_token"), ({"fixed_split_size": 1}, "plan")):
+        wrapper = planned(half_batch, ready=ready, **options)
+        wrapper.run(half_batch.q, half_batch.cache)
+        assert wrapper._decision.module.calls[-1][1][4] is None
+    assert not any("schedule" in module.names() for module in gpu.modules.values())
+
+
+def test_gpu_a_schedule_is_of_one_decision(gpu, half_batch):
+    """`forward` may change the plan's window, and so who serves; what was worked out is of the plan before."""
+    wrapper = planned(half_batch, ready="plan")
+    wrapper.forward(half_batch.q, half_batch.cache, window_left=3)
+    assert wrapper._decision.module.calls[-1][1][4] is None
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    wrapper.run(half_batch.q, half_batch.cache)
+    assert wrapper._decision.module.calls[-1][1][4] is not None
+
+
+def test_gpu_a_captured_plan_leaves_no_schedule(gpu, half_batch, monkeypatch):
+    """What is captured has not been done."""
+    wrapper = planned(half_batch, ready="plan")
+    module = only(gpu.modules)
+    monkeypatch.setattr(type(wrapper), "_is_capturing", lambda self: True)
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    assert module.names().count("schedule") == 1
+    monkeypatch.setattr(type(wrapper), "_is_capturing", lambda self: False)
+    wrapper.run(half_batch.q, half_batch.cache)
+    assert module.calls[-1][1][4] is None
+
+
+def test_gpu_a_captured_run_keeps_its_schedule(gpu, half_batch, monkeypatch):
+    """A plain wrapper's graph goes on reading the page table of its plan. A CUDA-graph wrapper's gets the new one."""
+    for wrapper, same in ((planned(half_batch, ready="plan"), False), (graph_wrapper(half_batch, ready="plan"), True)):
+        schedules = []
+        for capturing in (True, True, False):
+            wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+            monkeypatch.setattr(type(wrapper), "_is_capturing", lambda self, now=capturing: now)
+            for _ in range(2):
+                wrapper.run(half_batch.q, half_batch.cache)
+                schedules.append(wrapper._decision.module.calls[-1][1][4])
+            monkeypatch.setattr(type(wrapper), "_is_capturing", lambda self: False)
+        assert all(
+            first is second and first is not None for first, second in zip(schedules[::2], schedules[1::2], strict=True)
+        )
+        assert len({id(schedule) for schedule in schedules}) == (1 if same else 3)
+
+
+def test_gpu_a_schedule_that_needs_more_room_gets_it(gpu, half_batch, monkeypatch):
+    wrapper = planned(half_batch, ready="plan")
+    module = only(gpu.modules)
+    first = module.calls[-1][1][1]
+    original = FakeModule.plan
+    monkeypatch.setattr(FakeModule, "plan", lambda self, *args: [264, *original(self, *args)[1:]])
+    monkeypatch.setattr(FakeModule, "adjust_plan", lambda self, info, *args: info)
+    wrapper.plan(*half_batch.table, *half_batch.shape, window_left=3, **half_batch.dtypes)
+    second = wrapper._decision.module.calls[-1][1][1]
+    assert second.numel() >= 264 * 8 * 128 + 4 * len(half_batch.lengths) and second is not first
+    assert any(kept is first for kept in wrapper._planned_before), "a run on another stream may still read it"
 
 
 class Recorder(TorchDispatchMode):

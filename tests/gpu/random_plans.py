@@ -262,7 +262,7 @@ def sessions(draw: st.DrawFn, largest_batch: int = 512, longest: int = 9000) -> 
         steps=tuple(draw(some_steps)),
         graph=graph,
         policy=draw(st.sampled_from(POLICIES)),
-        ready=draw(st.sampled_from(("nothing", "page_table", "all_but_last_token"))),
+        ready=draw(st.sampled_from(("nothing", "page_table", "all_but_last_token", "plan"))),
         out_given=draw(st.booleans()),
     )
 
@@ -541,7 +541,7 @@ class _Life:
             self.memory = Memory(case, cache_pages(case), self.device)
         inputs = self.memory.load(case)
         self._set_workspace(step, inputs)
-        if how in ("plan", "plan and replay"):
+        if how in ("plan", "plan and replay") or self.session.ready == "plan":
             harness.plan(wrapper, inputs)
             self.planned = case
         else:

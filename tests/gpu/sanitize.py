@@ -99,7 +99,7 @@ def cases() -> list[tuple[Case, dict[str, str]]]:
             "run_ahead=4,prologue=4,streaming_hint=1,early_load=1",
             "run_ahead=64,prologue=64,l2_budget=1.0,early_load=1",
         )
-        for ready in ("nothing", "page_table", "all_but_last_token")
+        for ready in ("nothing", "page_table", "all_but_last_token", "plan")
     ]
     watched = (Case(lens=(700, 3, 0, 64), page=1), Case(lens=(700, 64), page=64, layout="HND", kv="e4m3"))
     return [(case, {}) for case in plain] + [(case, options) for case in watched for options in levers]

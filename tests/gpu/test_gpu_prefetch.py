@@ -36,7 +36,7 @@ POLICIES = (
     "run_ahead=0,prologue=0,streaming_hint=1",
     "run_ahead=64,prologue=64,l2_budget=1.0",
 )
-PROMISES = ("nothing", "page_table", "all_but_last_token")
+PROMISES = ("nothing", "page_table", "all_but_last_token", "plan")
 
 SHAPES = [
     Case(lens=(2048,)),

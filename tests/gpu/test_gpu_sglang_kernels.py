@@ -8,6 +8,7 @@ import torch
 import fi_prefetch
 from fi_prefetch import reference
 from fi_prefetch.sglang import kv_store, page_table
+from fi_prefetch.sglang.decode_wrapper import ServedDecodeWrapper
 
 E4M3 = torch.float8_e4m3fn
 
@@ -120,3 +121,53 @@ def test_attention_that_starts_beside_the_store_reads_what_it_stores() -> None:
         for part, stored in zip(cache_rows, made.split((heads, kv_heads, kv_heads), dim=1)[1:], strict=True):
             assert torch.equal(part[slots, 0], stored)
         torch.testing.assert_close(out.float(), expected, atol=5e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("batch", [3, 40])
+def test_a_captured_step_goes_by_the_schedule_of_each_replay(batch: int) -> None:
+    """As SGLang replays a step: the page table is filled and planned, and all layers go by what was worked out then."""
+    heads, kv_heads, dim, layers, longest = 32, 8, 128, 3, 900
+    generator = torch.Generator("cuda").manual_seed(batch)
+    q = torch.randn(layers, batch, heads, dim, device="cuda", generator=generator).bfloat16()
+    caches = [
+        [torch.randn(batch * longest, 1, kv_heads, dim, device="cuda", generator=generator).bfloat16() for _ in "kv"]
+        for _ in range(layers)
+    ]
+    shape = (heads, kv_heads, dim, 1)
+    wrappers, tables = [], []
+    for ready in ("plan", "nothing"):
+        tables.append([torch.zeros(n, dtype=torch.int32, device="cuda") for n in (batch + 1, batch * longest, batch)])
+        names = ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer")
+        wrappers.append(
+            ServedDecodeWrapper(
+                torch.zeros(128 << 20, dtype=torch.uint8, device="cuda"),
+                use_cuda_graph=True,
+                ready=ready,
+                **dict(zip(names, tables[-1], strict=True)),
+            )  # fmt: skip
+        )
+
+    def fill() -> None:
+        lengths = torch.randint(1, longest, (batch,), device="cuda", generator=generator)
+        pages = torch.randperm(batch * longest, device="cuda", generator=generator)
+        for indptr, indices, last_page_len in tables:
+            indptr[1:] = lengths.cumsum(0)
+            indices.copy_(pages)
+            last_page_len.fill_(1)
+
+    def step(wrapper: ServedDecodeWrapper) -> list[torch.Tensor]:
+        return [wrapper.forward(q[layer], tuple(caches[layer]), sm_scale=0.1) for layer in range(layers)]
+
+    fill()
+    for wrapper, table in zip(wrappers, tables, strict=True):
+        wrapper.plan(*table, *shape, q_data_type=torch.bfloat16)
+        step(wrapper)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step(wrappers[0])
+    for _ in range(6):
+        fill()
+        wrappers[0].begin_forward(*tables[0], *shape, q_data_type=torch.bfloat16)
+        graph.replay()
+        for output, expected in zip(outputs, step(wrappers[1]), strict=True):
+            assert torch.equal(output, expected) and bool(expected.isfinite().all())
