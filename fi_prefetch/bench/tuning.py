@@ -43,7 +43,7 @@ def specs() -> list[dict[str, Any]]:
 def prepare_on_grid(inputs: DecodeInputs, grid: Grid, policy: PrefetchPolicy | str = "auto") -> tuple[Any, Call]:
     """Our wrapper, planned on a grid, and its call. Raises Unsupported where the kernel does not take that grid."""
     with mock.patch.object(tune, "rules_for", lambda gpu_key: (Rule(None, grid),)):
-        wrapper, call = prepare_ours(inputs, policy, "plan")
+        wrapper, call = prepare_ours(inputs, policy)
     launch = wrapper.prefetch_plan.facts
     if (launch.blocks, launch.warps) != (grid.blocks_per_sm * launch.sm_count, grid.warps):
         raise Unsupported(f"the kernel made it {launch.blocks} blocks of {launch.warps} warps")

@@ -134,7 +134,7 @@ def test_fixed_splits_bring_nothing_into_l2(policy, launch, pdl):
 
 @given(policies, launches, st.booleans())
 def test_early_load_only_on_a_promise(policy, launch, pdl):
-    allowed = pdl and launch.ready == "all_but_last_token" and not launch.fixed_split
+    allowed = pdl and launch.ready in ("all_but_last_token", "plan") and not launch.fixed_split
     assert resolve(policy, launch, pdl).early_load == (allowed and policy.early_load is True)
 
 
