@@ -23,6 +23,7 @@ from rich.table import Table
 
 from . import __version__, evidence
 from .bench.shapes import MODELS
+from .prefetch import READY_CODES
 
 # What a pipe or a log has no width for is not cut to a terminal's eighty columns.
 LOG_WIDTH = 200
@@ -941,12 +942,7 @@ def profile(
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks that share the model.")
 @click.option("--page", type=click.IntRange(1), default=1, show_default=True, help="Tokens a page.")
 @click.option("--policy", default=None, help="Prefetch policy. [default: FI_PREFETCH_POLICY, else auto]")
-@click.option(
-    "--ready",
-    type=click.Choice(("nothing", "page_table", "all_but_last_token", "plan")),
-    default="nothing",
-    show_default=True,
-)
+@click.option("--ready", type=click.Choice(tuple(READY_CODES)), default="nothing", show_default=True)
 @click.option(
     "--gpu", type=click.Choice(("h100", "h200", "h20")), help="As on this GPU. [default: the one here, else h200]"
 )

@@ -144,7 +144,7 @@ def test_a_captured_step_goes_by_the_schedule_of_each_replay(batch: int) -> None
                 use_cuda_graph=True,
                 ready=ready,
                 **dict(zip(names, tables[-1], strict=True)),
-            )  # fmt: skip
+            )
         )
 
     def fill() -> None:
