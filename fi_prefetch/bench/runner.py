@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,10 @@ def _run_worker(
         except BaseException:  # interrupted, or the file cannot be written: leaving would wait for the whole job
             process.kill()
             raise
+        finally:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # closing writes what a process that has ended left in the buffer
+                process.stdin.close()
         if end.out_of_time or end.reason:  # it stalls, or its device is dead: it may never end by itself
             process.kill()
         code = process.wait()

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import math
+import subprocess
 import sys
 import time
 import weakref
@@ -457,7 +458,19 @@ def test_an_event_that_was_cut_short_is_the_end_of_its_worker(tmp_path: Path) ->
     assert time.monotonic() - start < job.stall_seconds
 
 
-def test_a_worker_that_cannot_start_says_where_to_look(tmp_path: Path) -> None:
+class EndedProcess(subprocess.Popen):
+    """A process that has ended before anything is written to it."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.wait()
+
+
+@pytest.mark.parametrize("process", [subprocess.Popen, EndedProcess], ids=["at any time", "before the job is written"])
+def test_a_worker_that_cannot_start_says_where_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: type[subprocess.Popen]
+) -> None:
+    monkeypatch.setattr(runner.subprocess, "Popen", process)
     job = job_of(tmp_path)
     job.worker = (sys.executable, "-c", "raise SystemExit('no GPU')")
     with pytest.raises(RuntimeError, match="before its first row: .*: no GPU; see "):
