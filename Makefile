@@ -30,14 +30,17 @@ test: $(VENV)/made-from
 	    tests/cpu tests/sglang
 
 # The wrapper on the older FlashInfer releases it supports, 0.6.14 and 0.7.2: those beside the SGLangs that are tested.
+OLDER := test-older-0.5.16 test-older-0.5.23
+.PHONY: $(OLDER)
 test-older: $(VENV)/made-from
 	$(RUN)/python tests/sglang/make_env.py
 	test -d $(OLDER_TOOLS) || $(RUN)/pip install --quiet --target $(OLDER_TOOLS) \
 	    pytest pytest-xdist hypothesis ninja nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	for sglang in 0.5.16 0.5.23; do \
-	    PATH="$(OLDER_TOOLS)/bin:$$PATH" PYTHONPATH=$(OLDER_TOOLS) \
-	        tests/sglang/.venv/$$sglang/bin/python -m pytest -p no:cacheprovider $(OLDER_TESTS) || exit 1; \
-	done
+	$(MAKE) --jobs 2 --output-sync $(OLDER)
+
+$(OLDER): test-older-%:
+	PATH="$(OLDER_TOOLS)/bin:$$PATH" PYTHONPATH=$(OLDER_TOOLS) \
+	    tests/sglang/.venv/$*/bin/python -m pytest -p no:cacheprovider $(OLDER_TESTS)
 
 # Needs a GPU. Add `--record` by hand: `.venv/bin/fi-prefetch check --record`.
 test-gpu: $(VENV)/made-from

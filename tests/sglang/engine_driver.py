@@ -2,7 +2,7 @@
 
     engine_driver.py IN.json OUT.json
 
-IN is {"models": folder, "engines": {name: {"model": name, "arguments": {...}, "environment": {...},
+IN is {"models": folder, "engines": {name: {"model": name, "arguments": {...},
 "batches": [{"prompts": [[token, ...], ...], "new_tokens": n}, ...]}}}. OUT is {name: [[{"tokens": [...],
 "top": [[[logprob, token], ...], ...], "cached": n, "retracted": n}, ...], ...]}: an entry a batch, in it one a prompt.
 """
@@ -10,7 +10,7 @@ IN is {"models": folder, "engines": {name: {"model": name, "arguments": {...}, "
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,18 @@ COMMON = {
     # SGLang would make bfloat16 of float32 weights.
     "dtype": "float32",
     "random_seed": 1,
+    # Engines that have answered stay until the last one has: see fork_from_one_that_has_imported().
+    "sleep_on_idle": True,
 }
+
+
+def fork_from_one_that_has_imported() -> None:
+    """An engine's two processes import SGLang for 12 s and serve for one. SGLang spawns them, as on a GPU they must be;
+    here they are forked by a process that has imported it and done nothing else, which is one of those that shutting an
+    engine down kills. test_http.py's are spawned."""
+    set_start_method = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda method, force=False: set_start_method("forkserver", force=force)
+    multiprocessing.set_forkserver_preload(["sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager"])
 
 
 def answers(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[dict[str, Any]]:
@@ -51,18 +62,19 @@ def main() -> None:
     import sglang
     import tiny_models
 
+    fork_from_one_that_has_imported()
     for model in {engine["model"] for engine in asked["engines"].values()}:
         tiny_models.write(model, Path(asked["models"]) / model)
     written: dict[str, Any] = {}
+    engines = []
     for name, wanted in asked["engines"].items():
         print(f"=== engine {name}", file=sys.stderr, flush=True)
-        os.environ |= wanted["environment"]
         engine = sglang.Engine(model_path=str(Path(asked["models"]) / wanted["model"]), **COMMON | wanted["arguments"])
+        engines.append(engine)
         written[name] = [answers(engine, batch["prompts"], batch["new_tokens"]) for batch in wanted["batches"]]
+    Path(sys.argv[2]).write_text(json.dumps(written))
+    for engine in engines:
         engine.shutdown()
-        for variable in wanted["environment"]:
-            del os.environ[variable]
-        Path(sys.argv[2]).write_text(json.dumps(written))
 
 
 if __name__ == "__main__":

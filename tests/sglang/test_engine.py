@@ -55,29 +55,21 @@ GEMMA_BATCHES = {
         "new_tokens": 8,
     },
 }
-INTERPRETER = {"TRITON_INTERPRET": "1"}
 # Prefill by torch_native, decode by ours, from pages of 16 tokens, which SGLang allocates by Triton.
 SPLIT = {"attention_backend": "torch_native", "page_size": 16, "max_total_tokens": 2048}
 # On the CPU 0.5.23 has an 8-bit cache only where there is AMX.
 GEMMA_CACHE = {"0.5.16": "fp8_e4m3", "0.5.23": "auto"}
 
 ENGINES: dict[str, dict[str, Any]] = {
-    "llama torch_native": {"arguments": {"attention_backend": "torch_native"} | SMALL_POOL | OPTIMISTIC},
-    "llama fi_prefetch": {"arguments": {"attention_backend": "fi_prefetch"} | SMALL_POOL | OPTIMISTIC},
-    "llama gpu path": {
-        "arguments": {"attention_backend": "fi_prefetch_gpu_path"} | SMALL_POOL | OPTIMISTIC,
-        "environment": INTERPRETER,
-    },
-    "gemma2 torch_native": {"arguments": SPLIT, "environment": INTERPRETER},
-    "gemma2 gpu path": {
-        "arguments": SPLIT | {"decode_attention_backend": "fi_prefetch_gpu_path"},
-        "environment": INTERPRETER,
-    },
-    "gemma2 fi_prefetch": {
-        "arguments": SPLIT | {"decode_attention_backend": "fi_prefetch"},
-        "environment": INTERPRETER,
-    },
+    "llama torch_native": {"attention_backend": "torch_native"} | SMALL_POOL | OPTIMISTIC,
+    "llama fi_prefetch": {"attention_backend": "fi_prefetch"} | SMALL_POOL | OPTIMISTIC,
+    "llama gpu path": {"attention_backend": "fi_prefetch_gpu_path"} | SMALL_POOL | OPTIMISTIC,
+    "gemma2 torch_native": SPLIT,
+    "gemma2 gpu path": SPLIT | {"decode_attention_backend": "fi_prefetch_gpu_path"},
+    "gemma2 fi_prefetch": SPLIT | {"decode_attention_backend": "fi_prefetch"},
 }
+# Their Triton kernels run in its interpreter, which is chosen when Triton is imported.
+INTERPRETED = ("llama gpu path", "gemma2 torch_native", "gemma2 gpu path", "gemma2 fi_prefetch")
 BATCHES = {"llama": LLAMA_BATCHES, "gemma2": GEMMA_BATCHES}
 
 
@@ -85,18 +77,23 @@ class Answers:
     """What a release's engines answered and logged."""
 
     def __init__(self, release: Release, folder: Any) -> None:
-        asked = {}
-        for name, engine in ENGINES.items():
-            model = name.split()[0]
-            asked[name] = {"environment": {}, "model": model, "batches": list(BATCHES[model].values())} | engine
-            if model == "gemma2":
-                asked[name]["arguments"] = engine["arguments"] | {"kv_cache_dtype": GEMMA_CACHE[release.version]}
-        question, answer = folder / "asked.json", folder / "answered.json"
-        question.write_text(json.dumps({"models": str(folder), "engines": asked}))
-        output = release.run(HERE / "engine_driver.py", question, answer, path=(HERE / "gpu_path",))
-        self._answers = json.loads(answer.read_text())
-        parts = re.split(r"^=== engine (.*)$", output, flags=re.MULTILINE)
-        self._logs = dict(zip(parts[1::2], parts[2::2], strict=True))
+        self._answers: dict[str, Any] = {}
+        self._logs: dict[str, str] = {}
+        for interpreted in (False, True):
+            asked = {name: self._asked(name, release) for name in ENGINES if (name in INTERPRETED) == interpreted}
+            question, answer = folder / "asked.json", folder / "answered.json"
+            question.write_text(json.dumps({"models": str(folder), "engines": asked}))
+            environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
+            output = release.run(HERE / "engine_driver.py", question, answer, path=(HERE / "gpu_path",), **environment)
+            self._answers |= json.loads(answer.read_text())
+            parts = re.split(r"^=== engine (.*)$", output, flags=re.MULTILINE)
+            self._logs |= zip(parts[1::2], parts[2::2], strict=True)
+
+    @staticmethod
+    def _asked(name: str, release: Release) -> dict[str, Any]:
+        model = name.split()[0]
+        cache = {"kv_cache_dtype": GEMMA_CACHE[release.version]} if model == "gemma2" else {}
+        return {"model": model, "arguments": ENGINES[name] | cache, "batches": list(BATCHES[model].values())}
 
     def of(self, engine: str, batch: str) -> list[dict[str, Any]]:
         return self._answers[engine][list(BATCHES[engine.split()[0]]).index(batch)]
