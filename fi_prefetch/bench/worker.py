@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -47,6 +48,12 @@ DEAD_DEVICE_EXIT = 3
 
 class WrongAnswer(Exception):
     """A kernel ran and its output is not the attention that was asked for."""
+
+
+def reason_of(error: Exception) -> str:
+    """An error's first line, for a result file: without the folder that FlashInfer's sources were compiled in."""
+    line = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    return re.sub(r"/\S*/\.cache(?=/flashinfer/)", "<cache>", line)[:300]
 
 
 class Context:
@@ -92,7 +99,7 @@ class Context:
             return value, None
         except Exception as error:
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
+            reason = reason_of(error)
             self._stop_if_the_device_is_dead(name, reason)
             return None, reason
 

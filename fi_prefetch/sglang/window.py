@@ -1,4 +1,4 @@
-"""Prefetching the next layer's KV while an all-reduce leaves HBM idle. Not measured yet, so off by default.
+"""Prefetching the next layer's KV while an all-reduce leaves HBM idle. It costs time on two H200s: off by default.
 
 Under tensor parallelism a layer ends with an all-reduce of a few hundred kilobytes: some microseconds in which the GPU
 waits for its peers. The KV that the next layer's attention reads first is known by then, all but this step's token, so

@@ -458,6 +458,12 @@ def test_an_event_that_was_cut_short_is_the_end_of_its_worker(tmp_path: Path) ->
     assert time.monotonic() - start < job.stall_seconds
 
 
+def test_a_reason_says_nothing_of_the_machine() -> None:
+    error = RuntimeError("Error in function 'operator()' at /home/me/.cache/flashinfer/0.7.4/90a/x.cu:63: wrong\nmore")
+    expected = "RuntimeError: Error in function 'operator()' at <cache>/flashinfer/0.7.4/90a/x.cu:63: wrong"
+    assert worker.reason_of(error) == expected
+
+
 class EndedProcess(subprocess.Popen):
     """A process that has ended before anything is written to it."""
 
