@@ -103,6 +103,7 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
             "NHD",
             use_tensor_cores=self.decode_use_tensor_cores,
             ready=self._promise.ready,
+            logits_soft_cap=model_layers.common_logit_cap(self._layers),
             **graph_buffers,
         )
 
@@ -172,23 +173,46 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
         # SGLang captures a batch size once for each LoRA variant. A graph keeps the addresses of the wrapper that it
         # was captured with, so the second capture must not replace it.
         if bs not in self._graph_wrappers:
-            # Splits of a fixed size need room for as many as the table could list: no more than these requests have.
-            most_slots = num_tokens * self.req_to_token_pool.req_to_token.shape[1]
             self._graph_wrappers[bs] = [
                 self._wrapper(
                     use_cuda_graph=True,
                     paged_kv_indptr_buffer=self.kv_indptr[i][: num_tokens + 1],
-                    paged_kv_indices_buffer=self.cuda_graph_kv_indices[i][:most_slots],
+                    paged_kv_indices_buffer=self.cuda_graph_kv_indices[i][: self._most_slots(i, num_tokens)],
                     paged_kv_last_page_len_buffer=self.kv_last_page_len[:num_tokens],
                 )
                 for i in range(self.num_wrappers)
             ]
         return self._graph_wrappers[bs]
 
+    def _most_slots(self, index: int, num_tokens: int) -> int:
+        """Slots that a graph's table may list: splits of a fixed size need room for as many."""
+        most = num_tokens * self.req_to_token_pool.req_to_token.shape[1]
+        if not self.enable_deterministic:
+            return most
+        # SGLang turns its radix cache off then, so no two requests share a slot, but those that fill the batch up.
+        pools = [
+            self.token_to_kv_pool.get_kv_buffer(layer.layer_id)[0].shape[0]
+            for layer in self._layers
+            if self._get_wrapper_idx(layer) == index
+        ]
+        return min(most, max(pools, default=most) + num_tokens)
+
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
         if in_capture and self._serves and forward_batch.forward_mode.is_decode_or_idle():
+            self._check_graph(forward_batch.batch_size)
             self._log_graph(forward_batch.batch_size)
+
+    def _check_graph(self, bs: int) -> None:
+        """Refuses at start-up a graph that would give requests other bits than those of other sizes, and whose splits
+        FlashInfer's planner could not place for every length."""
+        for wrapper in self._graph_wrappers[bs]:
+            if self.enable_deterministic and wrapper.kernel_choice.kernel not in SELF_SCHEDULING:
+                raise RuntimeError(
+                    f"--attention-backend fi_prefetch: deterministic inference in a CUDA graph of {bs} requests is not "
+                    f"served: {wrapper.kernel_choice.reason}; lower --cuda-graph-max-bs or --context-length, raise "
+                    "SGLANG_FLASHINFER_DECODE_SPLIT_TILE_SIZE, or start with --disable-cuda-graph"
+                )
 
     def _log_graph(self, bs: int) -> None:
         """One line for each prefetch plan that differs from those of the graphs before."""

@@ -17,11 +17,21 @@ SELF_SCHEDULING = ("fi_prefetch", "reference")
 class ServedDecodeWrapper(BatchDecodeWithPagedKVCacheWrapper):
     """Our wrapper, planned once for each CUDA graph.
 
+    SGLang plans without a logit cap and names it in each layer's call. Where the layers share one it is planned for, so
+    that a plan is of the kernel that runs, and what `ready="plan"` works out for it is used.
+
     SGLang calls `begin_forward` before every replay, and after the capture puts FlashInfer's `fast_decode_plan` in its
     place, which wants the page table on the host. Our kernel reads the page table in the buffers of the graph, which
     SGLang has just filled on the device, so nothing is left to do but, where the promise is "plan", to work out who
     reads what.
     """
+
+    def __init__(self, *arguments: Any, logits_soft_cap: float = 0.0, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._layers_soft_cap = logits_soft_cap
+
+    def plan(self, *arguments: Any, **options: Any) -> None:
+        super().plan(*arguments, **{"logits_soft_cap": self._layers_soft_cap} | options)
 
     @property
     def begin_forward(self) -> Callable[..., None]:

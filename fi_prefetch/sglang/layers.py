@@ -57,6 +57,12 @@ def differing_layer(layers: list[RadixAttention], num_qo_heads: int, num_kv_head
     return None
 
 
+def common_logit_cap(layers: list[RadixAttention]) -> float:
+    """The logit cap that all layers have; 0, none, where they differ."""
+    caps = {layer.logit_cap or 0.0 for layer in layers}
+    return caps.pop() if len(caps) == 1 else 0.0
+
+
 def unserved_feature(runner: Any) -> tuple[str, str] | None:
     """What the attention of a model or server has that FlashInfer's backend in SGLang leaves out, or fails on late.
 

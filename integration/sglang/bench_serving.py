@@ -274,31 +274,41 @@ def serve(asked: dict[str, Any]) -> None:
 class ResultFile:
     """benchmarks/results/<gpu>/sglang.json: a row for each case, in it a number for each backend or why it has none.
 
-    A row is of one commit and says so, as a file may hold rows of several: one of another commit than the run's makes
-    way when its case is measured.
+    A row is of one commit and SGLang and says so, as a file may hold rows of several: one of others than the run's
+    makes way when its case is measured.
     """
+
+    OF_A_RUN = ("commit", "sglang")
 
     def __init__(self, path: Path, header: dict[str, Any], again: bool) -> None:
         self.path = path
-        found = json.loads(path.read_text()) if path.exists() and not again else {}
-        rows = [{"commit": found.get("commit")} | row for row in found.get("rows", [])]
+        found = json.loads(path.read_text()) if path.exists() else {}
+        rows = [{name: found.get(name) for name in self.OF_A_RUN} | row for row in found.get("rows", [])]
         self.content: dict[str, Any] = header | {"rows": rows}
+        self._again = again
+        self._measured: set[tuple[Case, str]] = set()
 
     def _is_of(self, row: dict[str, Any], case: Case) -> bool:
         return all(row[name] == value for name, value in case.key().items())
 
     def _row(self, case: Case) -> dict[str, Any] | None:
-        commit = self.content.get("commit")
-        return next((r for r in self.content["rows"] if r["commit"] == commit and self._is_of(r, case)), None)
+        run = self._run()
+        return next((r for r in self.content["rows"] if r | run == r and self._is_of(r, case)), None)
+
+    def _run(self) -> dict[str, Any]:
+        return {name: self.content.get(name) for name in self.OF_A_RUN}
 
     def has(self, case: Case, backend: str) -> bool:
+        if self._again and (case, backend) not in self._measured:
+            return False
         row = self._row(case)
         return row is not None and backend in row["ms_per_step"]
 
     def add(self, case: Case, backend: str, measured: dict[str, Any]) -> None:
+        self._measured.add((case, backend))
         row = self._row(case)
         if row is None:
-            row = {"commit": self.content.get("commit")} | case.key()
+            row = self._run() | case.key()
             row |= {"tokens_per_s": {}, "ms_per_step": {}, "attention_ms": {}, "attention_share": None}
             others = [other for other in self.content["rows"] if not self._is_of(other, case)]
             self.content["rows"] = [*others, row]

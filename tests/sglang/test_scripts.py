@@ -632,22 +632,28 @@ def test_result_file_goes_on_where_it_stopped(tmp_path: Path) -> None:
     (row,) = json.loads(path.read_text())["rows"]
     assert row["ms_per_step"] == {"fa3": 8.0, "fi_prefetch": 7.6}
     assert row["attention_share"] == 0.25
-    assert not bench_serving.ResultFile(path, {}, again=True).has(CASE, "fa3")
+    again = bench_serving.ResultFile(path, {"gpu": "H100"}, again=True)
+    assert not again.has(CASE, "fa3")
+    again.add(CASE, "fa3", {"tokens_per_s": 2000.0, "ms_per_step": 8.1})
+    assert again.has(CASE, "fa3") and not again.has(CASE, "fi_prefetch")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["ms_per_step"] == {"fa3": 8.1, "fi_prefetch": 7.6}, "what is not measured again stays"
 
 
-def test_a_row_is_of_one_commit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", ["commit", "sglang"])
+def test_a_row_is_of_one_commit_and_one_sglang(tmp_path: Path, changed: str) -> None:
     path = tmp_path / "sglang.json"
-    header = {"gpu": "H100", "commit": "old"}
+    header = {"gpu": "H100", "commit": "old", "sglang": "old"}
     old = bench_serving.ResultFile(path, header, again=False)
     for case in (CASE, SKEWED):
         for backend in ("fa3", "fi_prefetch"):
             old.add(case, backend, {"ms_per_step": 8.0})
-    new = bench_serving.ResultFile(path, header | {"commit": "new"}, again=False)
-    assert not new.has(CASE, "fa3"), "a time of another commit is no baseline"
+    new = bench_serving.ResultFile(path, header | {changed: "new"}, again=False)
+    assert not new.has(CASE, "fa3"), "a time of others is no baseline"
     new.add(CASE, "fi_prefetch", {"ms_per_step": 7.0})
     written = json.loads(path.read_text())
-    assert written["commit"] == "new"
-    found = {row["batch"]: (row["commit"], row["ms_per_step"]) for row in written["rows"]}
+    assert written[changed] == "new"
+    found = {row["batch"]: (row[changed], row["ms_per_step"]) for row in written["rows"]}
     assert found == {32: ("old", {"fa3": 8.0, "fi_prefetch": 8.0}), 16: ("new", {"fi_prefetch": 7.0})}
 
 

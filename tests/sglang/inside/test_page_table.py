@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -304,6 +305,8 @@ def backend_for_graphs() -> FiPrefetchAttnBackend:
     backend.workspace_buffer = WORKSPACE
     backend.decode_use_tensor_cores = True
     backend._promise = SimpleNamespace(ready="page_table")
+    backend._layers = []
+    backend.enable_deterministic = False
     backend.kv_indptr = [torch.zeros(9, dtype=torch.int32)]
     backend.kv_last_page_len = torch.ones(8, dtype=torch.int32)
     backend.cuda_graph_kv_indices = [torch.zeros(8 * TABLE_WIDTH, dtype=torch.int32)]
@@ -325,3 +328,50 @@ def test_a_graphs_table_is_as_long_as_its_requests_can_make_it() -> None:
         (wrapper,) = backend._create_decode_wrappers(batch_size, batch_size)
         assert wrapper._paged_kv_indices_buf.shape[0] == batch_size * TABLE_WIDTH
         assert wrapper._paged_kv_indices_buf.data_ptr() == backend.cuda_graph_kv_indices[0].data_ptr()
+
+
+def test_a_deterministic_graphs_table_is_no_longer_than_the_pool() -> None:
+    """No two requests share a slot there, but for those that fill a batch up."""
+    backend = backend_for_graphs()
+    backend.enable_deterministic = True
+    backend._layers = [SimpleNamespace(layer_id=number, logit_cap=0.0) for number in range(2)]
+    backend._get_wrapper_idx = lambda layer: 0
+    backend.token_to_kv_pool = SimpleNamespace(
+        get_kv_buffer=lambda number: (torch.zeros(40 + number, 1), torch.zeros(40 + number, 1))
+    )
+    for batch_size, slots in ((1, TABLE_WIDTH), (2, 2 * TABLE_WIDTH), (4, 41 + 4), (8, 41 + 8)):
+        (wrapper,) = backend._create_decode_wrappers(batch_size, batch_size)
+        assert wrapper._paged_kv_indices_buf.shape[0] == slots
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "kernel"), [(True, "flashinfer"), (True, "reference"), (False, "flashinfer")]
+)
+def test_a_deterministic_graph_that_flashinfer_would_serve_is_refused(deterministic: bool, kernel: str) -> None:
+    backend = backend_for_graphs()
+    backend.enable_deterministic = deterministic
+    backend._graph_wrappers[4] = [
+        SimpleNamespace(kernel_choice=SimpleNamespace(kernel=kernel, reason="the float workspace holds 8192 bytes"))
+    ]
+    refused = deterministic and kernel == "flashinfer"
+    with (
+        pytest.raises(RuntimeError, match="graph of 4 requests .* holds 8192") if refused else contextlib.nullcontext()
+    ):
+        backend._check_graph(4)
+
+
+@pytest.mark.parametrize("ready", ["page_table", "plan"])
+def test_layers_with_a_cap_are_planned_with_it(ready: str) -> None:
+    """So no plan is for a kernel that does not run, and none is adopted anew in a layer's call."""
+    backend = backend_for_graphs()
+    backend._promise = SimpleNamespace(ready=ready)
+    backend._layers = [SimpleNamespace(logit_cap=50.0)] * 2
+    (wrapper,) = backend._create_decode_wrappers(3, 3)
+    fill(updater(_DecodePageTable), wrapper, LENGTHS)
+    planned = wrapper._decision
+    assert planned.spec.logits_soft_cap == 50.0
+    cache = torch.zeros(6 * TABLE_WIDTH, 1, 2, 64)
+    wrapper.forward(torch.zeros(3, 6, 64), (cache, cache), sm_scale=0.125, logits_soft_cap=50.0)
+    assert wrapper._decision is planned
+    backend._layers = [SimpleNamespace(logit_cap=50.0), SimpleNamespace(logit_cap=None)]
+    assert backend._wrapper()._layers_soft_cap == 0.0, "each call's own, where they differ"
