@@ -72,14 +72,13 @@ refresh: $(VENV)/made-from
 clean:
 	rm -rf $(VENV) build dist *.egg-info tests/sglang/.venv
 
-# PyTorch comes first and alone: what is installed after it must not choose another build of it. Byte code is left to the
-# first import, which compiles what is used; to compile all of it took half of the time.
+# PyTorch comes first and alone: what is installed after it must not choose another build of it.
 $(VENV)/made-from: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --no-compile $(TORCH)
-	$(RUN)/pip install --no-compile --editable '.[test,plots]'
+	$(RUN)/pip install $(TORCH)
+	$(RUN)/pip install --editable '.[test,plots]'
 	touch $@
 
 $(VENV)/made-docs-from: $(VENV)/made-from
-	$(RUN)/pip install --no-compile --editable '.[docs]'
+	$(RUN)/pip install --editable '.[docs]'
 	touch $@
