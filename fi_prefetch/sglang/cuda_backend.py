@@ -58,6 +58,7 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
         self._check_kv_access(*named_backends.chosen(runner))
         self._layers = model_layers.attention_layers(runner.model)
         self._promise = promises.keeps(runner.server_args)
+        self._requests_share_slots = named_backends.requests_share_slots(runner)
         self._graph_wrappers: dict[int, list[ServedDecodeWrapper]] = {}
         self._graph_plans: set[str] = set()
         self._window: AllReduceWindow | None = None
@@ -187,9 +188,9 @@ class FiPrefetchAttnBackend(FlashInferAttnBackend):
     def _most_slots(self, index: int, num_tokens: int) -> int:
         """Slots that a graph's table may list: splits of a fixed size need room for as many."""
         most = num_tokens * self.req_to_token_pool.req_to_token.shape[1]
-        if not self.enable_deterministic:
+        if not self.enable_deterministic or self._requests_share_slots:
             return most
-        # SGLang turns its radix cache off then, so no two requests share a slot, but those that fill the batch up.
+        # Only those requests share one that fill the batch up.
         pools = [
             self.token_to_kv_pool.get_kv_buffer(layer.layer_id)[0].shape[0]
             for layer in self._layers

@@ -25,6 +25,19 @@ def chosen(runner: Any) -> tuple[str, str]:
     return prefill, decode
 
 
+def requests_share_slots(runner: Any) -> bool:
+    """Whether there is a radix cache, through which requests read the same KV, as SGLang resolved it from its flags.
+
+    Under deterministic inference it turns the cache off for our name, but not where ours only decodes, beside fa3 or
+    triton.
+    """
+    try:
+        from sglang.srt.runtime_context import get_memory
+    except ImportError:  # 0.5.16 writes what it resolved into `ServerArgs`
+        return not runner.server_args.disable_radix_cache
+    return not get_memory().disable_radix_cache
+
+
 def draft_with_flashinfer() -> None:
     """A draft model's attention under our name is FlashInfer's: SGLang maps names to draft backends in a table."""
     from sglang.srt.speculative.draft_utils import DraftBackendFactory

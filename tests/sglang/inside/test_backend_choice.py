@@ -276,6 +276,21 @@ def test_environment_with_a_wrong_word(monkeypatch: pytest.MonkeyPatch, variable
         read()
 
 
+@pytest.mark.parametrize("off", [False, True])
+@pytest.mark.parametrize("resolved_apart", [False, True], ids=["in ServerArgs", "apart from them"])
+def test_requests_share_slots_where_there_is_a_radix_cache(
+    monkeypatch: pytest.MonkeyPatch, off: bool, resolved_apart: bool
+) -> None:
+    """By what SGLang resolved, which 0.5.23 keeps apart from the flags as they were given."""
+    runner = SimpleNamespace(server_args=SimpleNamespace(disable_radix_cache=off and not resolved_apart))
+    if resolved_apart:
+        memory = SimpleNamespace(disable_radix_cache=off)
+        monkeypatch.setattr("sglang.srt.runtime_context.get_memory", lambda: memory, raising=False)
+    else:
+        monkeypatch.delattr("sglang.srt.runtime_context.get_memory", raising=False)
+    assert named_backends.requests_share_slots(runner) is not off
+
+
 def test_cpu_backend_refuses_what_the_reference_does_not_serve(caplog: pytest.LogCaptureFixture) -> None:
     from fi_prefetch.sglang.cpu_backend import CpuAttnBackend
 

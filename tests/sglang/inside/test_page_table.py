@@ -307,6 +307,7 @@ def backend_for_graphs() -> FiPrefetchAttnBackend:
     backend._promise = SimpleNamespace(ready="page_table")
     backend._layers = []
     backend.enable_deterministic = False
+    backend._requests_share_slots = True
     backend.kv_indptr = [torch.zeros(9, dtype=torch.int32)]
     backend.kv_last_page_len = torch.ones(8, dtype=torch.int32)
     backend.cuda_graph_kv_indices = [torch.zeros(8 * TABLE_WIDTH, dtype=torch.int32)]
@@ -330,10 +331,12 @@ def test_a_graphs_table_is_as_long_as_its_requests_can_make_it() -> None:
         assert wrapper._paged_kv_indices_buf.data_ptr() == backend.cuda_graph_kv_indices[0].data_ptr()
 
 
-def test_a_deterministic_graphs_table_is_no_longer_than_the_pool() -> None:
-    """No two requests share a slot there, but for those that fill a batch up."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_deterministic_graphs_table_is_no_longer_than_the_pool(shared: bool) -> None:
+    """No two requests share a slot there, but for those that fill a batch up; with a radix cache they do."""
     backend = backend_for_graphs()
     backend.enable_deterministic = True
+    backend._requests_share_slots = shared
     backend._layers = [SimpleNamespace(layer_id=number, logit_cap=0.0) for number in range(2)]
     backend._get_wrapper_idx = lambda layer: 0
     backend.token_to_kv_pool = SimpleNamespace(
@@ -341,7 +344,7 @@ def test_a_deterministic_graphs_table_is_no_longer_than_the_pool() -> None:
     )
     for batch_size, slots in ((1, TABLE_WIDTH), (2, 2 * TABLE_WIDTH), (4, 41 + 4), (8, 41 + 8)):
         (wrapper,) = backend._create_decode_wrappers(batch_size, batch_size)
-        assert wrapper._paged_kv_indices_buf.shape[0] == slots
+        assert wrapper._paged_kv_indices_buf.shape[0] == (batch_size * TABLE_WIDTH if shared else slots)
 
 
 @pytest.mark.parametrize(
