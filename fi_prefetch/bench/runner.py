@@ -192,11 +192,13 @@ def _run_worker(
         reader = threading.Thread(target=_read_events, args=(read_end, events), daemon=True)
         reader.start()
 
+        job_pipe = process.stdin
+        assert job_pipe is not None
+
         def tell(message: Any) -> None:
-            assert process.stdin is not None
             try:
-                process.stdin.write(json.dumps(message) + "\n")
-                process.stdin.flush()
+                job_pipe.write(json.dumps(message) + "\n")
+                job_pipe.flush()
             except BrokenPipeError:
                 pass  # it has ended; its exit code says how
 
@@ -208,9 +210,8 @@ def _run_worker(
             process.kill()
             raise
         finally:
-            assert process.stdin is not None
             with suppress(BrokenPipeError):  # closing writes what a process that has ended left in the buffer
-                process.stdin.close()
+                job_pipe.close()
         if end.out_of_time or end.reason:  # it stalls, or its device is dead: it may never end by itself
             process.kill()
         code = process.wait()

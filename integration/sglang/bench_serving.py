@@ -288,15 +288,17 @@ class ResultFile:
         self._again = again
         self._measured: set[tuple[Case, str]] = set()
 
-    def _is_of(self, row: dict[str, Any], case: Case) -> bool:
-        return all(row[name] == value for name, value in case.key().items())
+    @staticmethod
+    def _is_of(row: dict[str, Any], key: dict[str, Any]) -> bool:
+        return all(row[name] == value for name, value in key.items())
+
+    def _key(self, case: Case) -> dict[str, Any]:
+        """What a row of this run says of a case."""
+        return {name: self.content.get(name) for name in self.OF_A_RUN} | case.key()
 
     def _row(self, case: Case) -> dict[str, Any] | None:
-        run = self._run()
-        return next((r for r in self.content["rows"] if r | run == r and self._is_of(r, case)), None)
-
-    def _run(self) -> dict[str, Any]:
-        return {name: self.content.get(name) for name in self.OF_A_RUN}
+        key = self._key(case)
+        return next((row for row in self.content["rows"] if self._is_of(row, key)), None)
 
     def has(self, case: Case, backend: str) -> bool:
         if self._again and (case, backend) not in self._measured:
@@ -308,9 +310,8 @@ class ResultFile:
         self._measured.add((case, backend))
         row = self._row(case)
         if row is None:
-            row = self._run() | case.key()
-            row |= {"tokens_per_s": {}, "ms_per_step": {}, "attention_ms": {}, "attention_share": None}
-            others = [other for other in self.content["rows"] if not self._is_of(other, case)]
+            row = self._key(case) | {"tokens_per_s": {}, "ms_per_step": {}, "attention_ms": {}, "attention_share": None}
+            others = [other for other in self.content["rows"] if not self._is_of(other, case.key())]
             self.content["rows"] = [*others, row]
         missing = row.pop("missing", {})
         missing.pop(backend, None)
