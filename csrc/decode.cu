@@ -9,7 +9,6 @@
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/extra/cuda/device_guard.h>
-#include <tvm/ffi/function.h>
 
 #include <algorithm>
 #include <atomic>
@@ -19,6 +18,7 @@
 #include <string>
 
 #include "decode.cuh"
+#include "exports.cuh"
 #include "fixed_split.cuh"
 #include "prefetch_kv.cuh"
 #include "tensor_maps.cuh"
@@ -178,9 +178,15 @@ Plan make_plan(int64_t rows, int64_t num_kv_heads, int device) {
   return {blocks, warps, 0, kFixedSplit ? 0 : most_abreast_log2(blocks * warps, num_kv_heads)};
 }
 
+/// The bytes that schedule() fills: a record a warp, then the requests.
+int64_t planned_bytes(const Plan& plan, int64_t batch_size) {
+  if (kFixedSplit) return 0;
+  return plan.blocks * plan.warps * sizeof(PlannedWork) + batch_size * sizeof(Request);
+}
+
 /// What the Python side keeps of a plan and hands back to run().
-constexpr int kPlanNumbers = 9;
-Array<int64_t> plan_info(const Plan& plan, const Meeting& meeting, int64_t rows) {
+constexpr int kPlanNumbers = 10;
+Array<int64_t> plan_info(const Plan& plan, const Meeting& meeting, int64_t rows, int64_t batch_size) {
   return {plan.blocks,
           plan.warps,
           static_cast<int64_t>(shared_bytes(plan.warps, rows)),
@@ -189,7 +195,8 @@ Array<int64_t> plan_info(const Plan& plan, const Meeting& meeting, int64_t rows)
           rows,
           plan.tiles,
           AnyTraits::kStages,
-          plan.abreast_log2};
+          plan.abreast_log2,
+          planned_bytes(plan, batch_size)};
 }
 
 int64_t bytes_of(const TensorView& x) { return x.numel() * ((x.dtype().bits * x.dtype().lanes + 7) / 8); }
@@ -216,8 +223,8 @@ void check_head_dim(int64_t head_dim_qk, int64_t head_dim_vo) {
 /// `num_qo_heads` counts query rows: query heads times query tokens per request.
 /// Returns [blocks, warps a block, shared-memory bytes, float workspace bytes, counter bytes, query rows per kv head,
 /// fewest tiles a warp (0: the kernel chooses), tiles a warp's ring holds, log2 of the kv heads that neighbouring warps
-/// may read abreast: 0 where the float workspace is too small for warps to meet]. With fixed splits every request is
-/// one of them, unless fix_splits() follows.
+/// may read abreast: 0 where the float workspace is too small for warps to meet, bytes that schedule() fills]. With
+/// fixed splits every request is one of them, unless fix_splits() follows.
 Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorView, int64_t batch_size,
                     int64_t num_qo_heads, int64_t num_kv_heads, int64_t, bool, int64_t window_left,
                     double logits_soft_cap, int64_t head_dim_qk, int64_t head_dim_vo, TensorView, TensorView) {
@@ -231,10 +238,10 @@ Array<int64_t> plan(TensorView float_workspace, TensorView, TensorView, TensorVi
   check_batch_size(batch_size, made.warps);
   if constexpr (kFixedSplit) {
     made.tiles = kWholeRequest;
-    return plan_info(made, {0, 0}, rows);
+    return plan_info(made, {0, 0}, rows, batch_size);
   }
   if (meeting_of(made, rows).partial_bytes > bytes_of(float_workspace)) made.abreast_log2 = 0;
-  return plan_info(made, meeting_of(made, rows), rows);
+  return plan_info(made, meeting_of(made, rows), rows, batch_size);
 }
 
 /// The plan with splits of `split_tokens` tokens, rounded up to whole tiles, and with room for all that a page table of
@@ -253,7 +260,7 @@ Array<int64_t> fix_splits(Array<int64_t> info, int64_t split_tokens, int64_t num
       << "fix_splits: " << num_indices << " pages of " << page_size << " tokens, " << batch_size << " requests and "
       << num_kv_heads << " heads are too many splits";
   const int64_t splits = most_splits(tiles, num_indices, page_size, batch_size, num_kv_heads);
-  return plan_info({info[0], info[1], tiles, 0}, meeting_of_rows(splits, splits, info[5]), info[5]);
+  return plan_info({info[0], info[1], tiles, 0}, meeting_of_rows(splits, splits, info[5]), info[5], batch_size);
 }
 
 /// The plan with another grid: what a tuner found, or tries. At most as many warps a block as plan() said; heads
@@ -272,7 +279,7 @@ Array<int64_t> adjust_plan(Array<int64_t> info, int64_t batch_size, int64_t bloc
   Plan adjusted{blocks, warps, min_tiles_per_warp, info[8]};
   while (blocks * warps % (int64_t{1} << adjusted.abreast_log2) != 0) --adjusted.abreast_log2;
   if (meeting_of(adjusted, info[5]).partial_bytes > info[3]) adjusted.abreast_log2 = 0;
-  return plan_info(adjusted, meeting_of(adjusted, info[5]), info[5]);
+  return plan_info(adjusted, meeting_of(adjusted, info[5]), info[5], batch_size);
 }
 
 /// FlashInfer's workspace_size: [float workspace bytes, int workspace bytes]; what fixed splits need, fix_splits()
@@ -405,6 +412,23 @@ void set_cache(DecodeParams& p, const TensorView& k, const TensorView& v, const 
       ks.page_size % kTileTokens == 0 && ks.strides[1] == AnyTraits::kRowBytes && vs.strides[1] == AnyTraits::kRowBytes;
 }
 
+/// Fills in what is worked out by beside the page table: what was planned, and of the query the tokens that it sees.
+Plan set_work(DecodeParams& p, const Array<int64_t>& info, int64_t rows, int64_t window_left, int64_t q_len,
+              DLDevice device) {
+  FI_PREFETCH_CHECK(q_len >= 1 && q_len <= kMostQueryRows, ValueError)
+      << "q_len_per_req: expected 1 to " << kMostQueryRows << ", got " << q_len;
+  FI_PREFETCH_CHECK((window_left >= 0) == kWindow, ValueError)
+      << "window_left: this module was compiled " << (kWindow ? "with" : "without") << " a sliding window, got "
+      << window_left;
+  const Plan made = read_plan(info, rows, p.num_kv_heads, device.device_id);
+  check_batch_size(p.table.batch_size, made.warps);
+  p.q_len = q_len;
+  p.window_left = std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max() / 2);
+  p.min_tiles_per_warp = made.tiles;
+  p.abreast_log2 = made.abreast_log2;
+  return made;
+}
+
 int32_t* running_counter(const Optional<TensorView>& running, DLDevice device) {
   if (!running.has_value()) return nullptr;
   check_vector<int32_t>(running.value(), "running", 1, device);
@@ -494,8 +518,7 @@ struct PlannedMemory {
   Request* requests;
 
   PlannedMemory(const TensorView& planned, const Plan& plan, int64_t batch_size, DLDevice device) {
-    const int64_t bytes = plan.blocks * plan.warps * sizeof(PlannedWork) + batch_size * sizeof(Request);
-    check_vector<int32_t>(planned, "planned", bytes / sizeof(int32_t), device);
+    check_vector<int32_t>(planned, "planned", planned_bytes(plan, batch_size) / sizeof(int32_t), device);
     FI_PREFETCH_CHECK(reinterpret_cast<uintptr_t>(planned.data_ptr()) % 16 == 0, ValueError)
         << "planned: expected a 16-byte aligned address";
     records = static_cast<PlannedWork*>(planned.data_ptr());
@@ -538,7 +561,6 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
   p.num_qo_heads = num_qo_heads;
   p.group_size = num_qo_heads / p.num_kv_heads;
   p.group_inverse = 65536 / p.group_size + 1;
-  p.q_len = q_len;
 
   check_tensor<FI_PREFETCH_DTYPE_O>(o, "out", 3, device);
   FI_PREFETCH_CHECK(o.size(0) == q.size(0) && o.size(1) == q.size(1) && o.size(2) == q.size(2) && o.IsContiguous() &&
@@ -558,10 +580,9 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
     p.sinks = static_cast<const float*>(maybe_sinks.value().data_ptr());
   }
 
-  FI_PREFETCH_CHECK((window_left >= 0) == kWindow && (logits_soft_cap > 0) == kSoftCap, ValueError)
-      << "window_left, logits_soft_cap: not what this module was planned and compiled for: " << window_left << ", "
+  FI_PREFETCH_CHECK((logits_soft_cap > 0) == kSoftCap, ValueError)
+      << "logits_soft_cap: this module was compiled " << (kSoftCap ? "with" : "without") << " a soft cap, got "
       << logits_soft_cap;
-  p.window_left = std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max() / 2);
   if constexpr (kSoftCap) {
     p.scale_log2 = kLog2e * logits_soft_cap;
     p.inverse_cap = sm_scale / logits_soft_cap;
@@ -587,11 +608,8 @@ void run(TensorView float_workspace, TensorView counters, Array<int64_t> info, T
   p.levers = {lever(0, 1 << 16), lever(1, 1 << 16), lever(2, 1), lever(3, 2), lever(4, 1)};
   if (p.levers.ready < kAllButLastToken || !enable_pdl) p.levers.early_load = 0;
 
+  const Plan made = set_work(p, info, rows, window_left, q_len, device);
   if (batch_size == 0) return;
-  const Plan made = read_plan(info, rows, p.num_kv_heads, device.device_id);
-  p.min_tiles_per_warp = made.tiles;
-  p.abreast_log2 = made.abreast_log2;
-  check_batch_size(batch_size, made.warps);
   const int64_t splits =
       kFixedSplit ? most_splits(made.tiles, p.table.num_indices, p.table.page_size, batch_size, p.num_kv_heads) : 0;
   const Meeting meeting = kFixedSplit ? meeting_of_rows(splits, splits, rows) : meeting_of(made, rows);
@@ -635,19 +653,12 @@ void prefetch_kv(Array<int64_t> info, TensorView k, TensorView v, TensorView ind
   DecodeParams p{};
   set_cache(p, k, v, indptr, indices, last_page_len, kv_layout_code);
   const DLDevice device = k.device();
-  FI_PREFETCH_CHECK(q_len >= 1 && q_len <= kMostQueryRows, ValueError) << "q_len_per_req: got " << q_len;
-  FI_PREFETCH_CHECK((window_left >= 0) == kWindow, ValueError) << "window_left: not what was planned: " << window_left;
+  const Plan made = set_work(p, info, 1, window_left, q_len, device);
   FI_PREFETCH_CHECK(num_blocks >= 1 && num_blocks <= kMaxBlocks, ValueError)
       << "num_blocks: expected 1 to " << kMaxBlocks << ", got " << num_blocks;
-  p.q_len = q_len;
   p.running = running_counter(maybe_running, device);
-  p.window_left = std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max() / 2);
-  const Plan made = read_plan(info, 1, p.num_kv_heads, device.device_id);
-  p.min_tiles_per_warp = made.tiles;
-  p.abreast_log2 = made.abreast_log2;
   const int64_t tiles = budget_bytes / (made.blocks * made.warps * AnyTraits::kStageBytes);
   if (tiles <= 0 || p.table.batch_size == 0) return;
-  check_batch_size(p.table.batch_size, made.warps);
   const uint32_t shared = ScanOf<AnyTraits>::shared_bytes(p.table.batch_size);
   const PrefetchKvParams window{static_cast<uint32_t>(made.blocks), static_cast<uint32_t>(made.warps),
                                 static_cast<uint32_t>(std::min<int64_t>(tiles, 1 << 24)), evict_last};
@@ -666,24 +677,17 @@ void schedule(Array<int64_t> info, TensorView planned, TensorView indptr, Tensor
   FI_PREFETCH_CHECK(!kFixedSplit, ValueError) << "schedule: not with fixed splits";
   FI_PREFETCH_CHECK(page_size >= 1 && page_size <= std::numeric_limits<int32_t>::max() && num_kv_heads >= 1, ValueError)
       << "page_size, num_kv_heads: expected 1 or more, got " << page_size << " and " << num_kv_heads;
-  FI_PREFETCH_CHECK(q_len >= 1 && q_len <= kMostQueryRows, ValueError) << "q_len_per_req: got " << q_len;
-  FI_PREFETCH_CHECK((window_left >= 0) == kWindow, ValueError) << "window_left: not what was planned: " << window_left;
   const DLDevice device = planned.device();
   FI_PREFETCH_CHECK(device.device_type == kDLCUDA, ValueError)
       << "planned: expected a CUDA tensor, got " << name_of(device);
   DecodeParams p{};
   set_table(p, indptr, indices, last_page_len, page_size, num_kv_heads, device);
-  p.q_len = q_len;
-  p.window_left = std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max() / 2);
   check_plan_info(info);
   const int64_t rows = info[5];
   FI_PREFETCH_CHECK(rows >= 1 && rows <= kMostQueryRows, ValueError)
       << "plan_info: expected 1 to " << kMostQueryRows << " query rows a kv head, got " << rows;
-  const Plan made = read_plan(info, rows, num_kv_heads, device.device_id);
-  p.min_tiles_per_warp = made.tiles;
-  p.abreast_log2 = made.abreast_log2;
+  const Plan made = set_work(p, info, rows, window_left, q_len, device);
   const int64_t batch_size = p.table.batch_size;
-  check_batch_size(batch_size, made.warps);
   if (batch_size == 0) return;
   const int pages_a_lane = rows <= 8 ? Traits<1>::kPagesPerLane : Traits<2>::kPagesPerLane;
   const PlannedMemory memory(planned, made, batch_size, device);
@@ -701,10 +705,10 @@ void schedule(Array<int64_t> info, TensorView planned, TensorView indptr, Tensor
 }  // namespace
 }  // namespace fi_prefetch
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan, fi_prefetch::plan);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(adjust_plan, fi_prefetch::adjust_plan);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(fix_splits, fi_prefetch::fix_splits);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_size, fi_prefetch::workspace_size);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, fi_prefetch::run);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefetch_kv, fi_prefetch::prefetch_kv);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(schedule, fi_prefetch::schedule);
+FI_PREFETCH_EXPORT(plan, fi_prefetch::plan);
+FI_PREFETCH_EXPORT(adjust_plan, fi_prefetch::adjust_plan);
+FI_PREFETCH_EXPORT(fix_splits, fi_prefetch::fix_splits);
+FI_PREFETCH_EXPORT(workspace_size, fi_prefetch::workspace_size);
+FI_PREFETCH_EXPORT(run, fi_prefetch::run);
+FI_PREFETCH_EXPORT(prefetch_kv, fi_prefetch::prefetch_kv);
+FI_PREFETCH_EXPORT(schedule, fi_prefetch::schedule);

@@ -43,7 +43,8 @@ struct PrefetchLevers {
   int32_t stream;      // 1: KV leaves L2 first once it was read (evict_first)
 };
 
-enum Ready : int32_t { kNothing = 0, kPageTable = 1, kAllButLastToken = 2, kPlan = 3 };
+/// ready="plan" is the last one to the kernel, which sees by `planned` what follows from it.
+enum Ready : int32_t { kNothing = 0, kPageTable = 1, kAllButLastToken = 2 };
 
 struct PlannedWork;
 struct Request;

@@ -9,14 +9,17 @@ namespace fi_prefetch {
 template <typename T>
 using ScanOf = RequestScan<T::kWindow, T::kFewRequests>;
 
-/// Which of a request's pages holds a token, and where in it.
+/// Which of a request's pages holds a token, and where in it. A token beyond the request's length stands for its last
+/// one.
 struct PageSlot {
   int32_t page;
   uint32_t slot;
 
-  FI_PREFETCH_DEVICE PageSlot(const PageTable& table, int32_t token)
-      : page(static_cast<int32_t>(ptx::wide_product(token, table.page_inverse) >> (31 + table.page_shift))),
-        slot(token - page * table.page_size) {}
+  FI_PREFETCH_DEVICE PageSlot(const PageTable& table, const Request& request, int32_t token) {
+    token = min(token, request.length - 1);
+    page = static_cast<int32_t>(ptx::wide_product(token, table.page_inverse) >> (31 + table.page_shift));
+    slot = token - page * table.page_size;
+  }
 };
 
 /// Where a token of a request lies, but for the number of its page, whose load may still be on its way.
@@ -25,10 +28,9 @@ struct TokenPlace {
   int32_t page;  // as the page table says
   uint32_t slot;
 
-  /// Starts the load. A token beyond the request's length stands for its last one. Bypasses L1 (see load_row;
-  /// request_of bounds the position).
+  /// Starts the load. Bypasses L1 (see load_row; request_of bounds the position).
   FI_PREFETCH_DEVICE TokenPlace(const PageTable& table, const Request& request, int32_t token) {
-    const PageSlot place(table, min(token, request.length - 1));
+    const PageSlot place(table, request, token);
     at = request.page_begin + place.page;
     page = ptx::load_and_keep(table.indices + at);
     slot = place.slot;

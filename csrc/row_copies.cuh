@@ -66,11 +66,9 @@ class RowCopies {
   /// Starts the load of the page numbers of the stretch that `at` is in. They are used several tiles later: with 128 KB
   /// on their way to every SM a load takes as long as a tile or two.
   FI_PREFETCH_DEVICE void load_pages(const TileCursor<T::kWindow>& at) {
-    const int32_t first =
-        at.request.first_token + static_cast<int32_t>(at.tile / kStretch * kStretch * kTileTokens + lane_index());
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      const TokenPlace place(p_.table, at.request, first + i * 32);
+      const TokenPlace place(p_.table, at.request, token_of_stretch(at, i));
       page_at_[i] = place.at;
       page_[i] = place.page;
       slot_[i] = place.slot;
@@ -84,10 +82,8 @@ class RowCopies {
   }
   /// Says which stretch that is: the one that `at` is in.
   FI_PREFETCH_DEVICE void place_planned_pages(const TileCursor<T::kWindow>& at) {
-    const int32_t first =
-        at.request.first_token + static_cast<int32_t>(at.tile / kStretch * kStretch * kTileTokens + lane_index());
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i) slot_[i] = PageSlot(p_.table, min(first + i * 32, at.request.length - 1)).slot;
+    for (int i = 0; i < kTokens; ++i) slot_[i] = PageSlot(p_.table, at.request, token_of_stretch(at, i)).slot;
   }
 
   /// Goes over to the stretch whose page numbers were loaded, the one that `at` is in.
@@ -178,6 +174,12 @@ class RowCopies {
   }
 
  private:
+  /// Of the stretch that `at` is in, this lane's `i`-th token.
+  FI_PREFETCH_DEVICE static int32_t token_of_stretch(const TileCursor<T::kWindow>& at, int i) {
+    return at.request.first_token +
+           static_cast<int32_t>(at.tile / kStretch * kStretch * kTileTokens + lane_index() + i * 32);
+  }
+
   /// Waits until no more than the `newest` tiles are on their way, of which there may be more than MOST.
   template <int MOST>
   FI_PREFETCH_DEVICE static void wait_for_all_but(int32_t newest) {

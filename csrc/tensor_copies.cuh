@@ -48,9 +48,7 @@ class TensorCopies {
 
   /// Starts the load of the page numbers of the stretch that `at` is in.
   FI_PREFETCH_DEVICE void load_pages(const TileCursor<T::kWindow>& at) {
-    const int32_t first =
-        at.request.first_token + static_cast<int32_t>((at.tile / kStretch * kStretch + lane_index()) * kTileTokens);
-    const TokenPlace place(p_.table, at.request, first);
+    const TokenPlace place(p_.table, at.request, token_of_stretch(at));
     page_at_ = place.at;
     page_ = place.page;
     slot_ = place.slot;
@@ -62,9 +60,7 @@ class TensorCopies {
   }
   /// Says which stretch that is: the one that `at` is in.
   FI_PREFETCH_DEVICE void place_planned_pages(const TileCursor<T::kWindow>& at) {
-    const int32_t first =
-        at.request.first_token + static_cast<int32_t>((at.tile / kStretch * kStretch + lane_index()) * kTileTokens);
-    slot_ = PageSlot(p_.table, min(first, at.request.length - 1)).slot;
+    slot_ = PageSlot(p_.table, at.request, token_of_stretch(at)).slot;
   }
 
   /// Goes over to the stretch whose page numbers were loaded.
@@ -127,6 +123,11 @@ class TensorCopies {
   }
 
  private:
+  /// Of the stretch that `at` is in, the first token of this lane's tile.
+  FI_PREFETCH_DEVICE static int32_t token_of_stretch(const TileCursor<T::kWindow>& at) {
+    return at.request.first_token + static_cast<int32_t>((at.tile / kStretch * kStretch + lane_index()) * kTileTokens);
+  }
+
   FI_PREFETCH_DEVICE ptx::TensorPlace place_of(uint32_t tile, uint32_t head) const {
     const int32_t page = __shfl_sync(kFullWarp, current_page_, tile % kStretch);
     const int32_t slot = __shfl_sync(kFullWarp, current_slot_, tile % kStretch);

@@ -6,12 +6,12 @@
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/extra/cuda/device_guard.h>
-#include <tvm/ffi/function.h>
 
 #include <algorithm>
 #include <cmath>
 #include <string>
 
+#include "exports.cuh"
 #include "xformers_decode.cuh"
 
 namespace fi_prefetch::paper {
@@ -216,6 +216,6 @@ void mark_sms(TensorView marks) {
 }  // namespace
 }  // namespace fi_prefetch::paper
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, fi_prefetch::paper::run);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(residency, fi_prefetch::paper::residency);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(mark_sms, fi_prefetch::paper::mark_sms);
+FI_PREFETCH_EXPORT(run, fi_prefetch::paper::run);
+FI_PREFETCH_EXPORT(residency, fi_prefetch::paper::residency);
+FI_PREFETCH_EXPORT(mark_sms, fi_prefetch::paper::mark_sms);

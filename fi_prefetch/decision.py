@@ -30,7 +30,8 @@ class Decision:
         module: our compiled module; None where another serves.
         plan_info: what its plan returned, on the grid in use; its run wants it back.
         blocks, warps: the launch; `stages`: tiles in a warp's pipeline; `tile_bytes`: K and V of a tile.
-        partial_bytes: needed of the float workspace; `counter_bytes`: of the counters.
+        partial_bytes: needed of the float workspace; `counter_bytes`: of the counters; `planned_bytes`: for what the
+            module's schedule works out.
     """
 
     spec: DecodeSpec
@@ -44,6 +45,7 @@ class Decision:
     tile_bytes: int = 0
     partial_bytes: int = 0
     counter_bytes: int = 0
+    planned_bytes: int = 0
 
 
 def kernel_for(spec: DecodeSpec, where: torch.device) -> tuple[KernelChoice, Any]:
@@ -88,12 +90,14 @@ def decide(
         tuned = _on_tuned_grid(module, plan_info, spec, kv_bytes, device.facts(float_workspace.device))
         if int(tuned[3]) <= size:
             plan_info = tuned
-    blocks, warps, _, partial_bytes, counter_bytes, _, _, stages, _ = (int(number) for number in list(plan_info))
+    numbers = (int(number) for number in list(plan_info))
+    blocks, warps, _, partial_bytes, counter_bytes, _, _, stages, _, planned_bytes = numbers
     tile_bytes = 2 * _TILE_TOKENS * spec.head_dim * spec.dtype_kv.itemsize
     counter_bytes = max(counter_bytes, 4)  # a launch takes a buffer of them even where nothing meets
     return Decision(
-        spec, choice, kv_bytes, module, plan_info, blocks, warps, stages, tile_bytes, partial_bytes, counter_bytes
-    )
+        spec, choice, kv_bytes, module, plan_info, blocks, warps, stages, tile_bytes, partial_bytes, counter_bytes,
+        planned_bytes,
+    )  # fmt: skip
 
 
 def _on_tuned_grid(module: Any, plan_info: Any, spec: DecodeSpec, kv_bytes: int | None, facts: device.GpuFacts) -> Any:

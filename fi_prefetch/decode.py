@@ -24,7 +24,7 @@ from flashinfer.utils import device_support_pdl
 from . import checks, device, dispatch, torch_op
 from .decision import Decision, decide, kernel_for, on_device, workspace_size
 from .dispatch import DecodeSpec, KernelChoice
-from .launch import Call, host_number, planned_entries, run_kernel, run_reference, schedule
+from .launch import Call, host_number, run_kernel, run_reference, schedule
 from .planned_module import PlannedModule
 from .prefetch import READY_CODES, LaunchFacts, PrefetchPlan, PrefetchPolicy, resolve, stretch_tiles
 
@@ -153,8 +153,10 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         # Made here, since its first call may be captured, and would zero this only when that graph is replayed.
         self._running_blocks = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._running: torch.Tensor | None = None
-        # What FlashInfer itself is planned for; whether it is its code that asks; whether its backend was our pick.
+        # What FlashInfer itself is planned for, and what when a graph was captured of it under our plan; whether it is
+        # its code that asks; whether its backend was our pick.
         self._flashinfer_spec: DecodeSpec | None = None
+        self._captured_flashinfer_spec: DecodeSpec | None = None
         self._flashinfer_asks = False
         self._claimed_backend = False
         self._only_for_flashinfer: dict[str, Any] = {}
@@ -303,14 +305,15 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         decision = self._decision_for(spec, self._kv_bytes(spec, indices.shape[0]))
         self._only_for_flashinfer = {"block_tables": block_tables, "seq_lens": seq_lens}
         if decision.choice.kernel == "flashinfer":
-            self._adopt(decision)
-            self._plan_with_flashinfer(spec, indptr, indices, last_page_len, non_blocking=non_blocking, **scales)
+            self._adopt_flashinfers(decision, indptr, indices, last_page_len, non_blocking=non_blocking, **scales)
             return
         # What can fail comes first, so that a plan that fails leaves the one before it whole.
         self._set_page_table(indptr, indices, last_page_len, non_blocking)
         self._adopt(decision)
         self._set_plan_attributes(block_tables, **scales)
         self._schedule()
+        if self._captured_flashinfer_spec is not None:
+            self._plan_flashinfer_beside(self._captured_flashinfer_spec)
 
     begin_forward = plan
     # FlashInfer 0.7's fast_decode_plan comes here for what its fast path has no kernel for.
@@ -426,6 +429,17 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         if decision.choice.kernel == "flashinfer":
             _log_fallback(decision.choice.reason)
 
+    def _adopt_flashinfers(self, decision: Decision, *table: torch.Tensor, **arguments: Any) -> None:
+        """Makes a plan of FlashInfer's the current one. If it fails there is none: FlashInfer writes into the buffers
+        of the one before as it goes."""
+        self._adopt(decision)
+        try:
+            self._plan_with_flashinfer(decision.spec, *table, **arguments)
+        except BaseException:
+            self._choice = KernelChoice("none", "FlashInfer's plan failed")
+            self._decision = Decision(decision.spec, self._choice)
+            raise
+
     def _kv_bytes(self, spec: DecodeSpec, num_pages: int) -> int | None:
         """An upper bound of the KV that the batch reads, from one of its pages; None in a graph, which is replayed on
         other batches than the one it was planned for."""
@@ -468,7 +482,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             self._planned = None
             return
         key = decision.spec if self._use_cuda_graph else None
-        entries = planned_entries(decision)
+        entries = -(-decision.planned_bytes // 4)
         planned = self._planned_of.get(key)
         if planned is None or planned.numel() < entries:
             if planned is not None:
@@ -561,13 +575,15 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         if spec.split_tokens is None and indptr_host.device.type == "cpu":
             num_pages = int(indptr_host[-1])
         decision = self._decision_for(spec, self._kv_bytes(spec, num_pages))
-        self._adopt(decision)
         self._only_for_flashinfer = {}
         if decision.choice.kernel == "flashinfer":
-            self._plan_with_flashinfer(spec, indptr_host, *table[1:], **self._scales())
+            self._adopt_flashinfers(decision, indptr_host, *table[1:], **self._scales())
         else:
+            self._adopt(decision)
             self._set_plan_attributes(None, **self._scales())
             self._schedule()
+            if self._captured_flashinfer_spec is not None:
+                self._plan_flashinfer_beside(self._captured_flashinfer_spec)
         return self._plan_info
 
     def _scales(self) -> dict[str, float | None]:
@@ -650,13 +666,20 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
                     "graph is captured; make the same call once before the capture"
                 )
             _log_fallback(reason)
-            table = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
-            self._plan_with_flashinfer(spec, *table, **self._scales())
-            # fast_decode_plan still has to come to us first.
-            self._module.flashinfers = self._cached_module
-            self._cached_module = self._module
+            self._plan_flashinfer_beside(spec)
+        elif self._use_cuda_graph and self._is_capturing():
+            # Its kernels read a schedule that its plan made: of later tables only if it plans for them as well.
+            self._captured_flashinfer_spec = spec
         self._choice = KernelChoice("flashinfer", reason)
         return self._flashinfers_run(q, cache, *args, **kwargs)
+
+    def _plan_flashinfer_beside(self, spec: DecodeSpec) -> None:
+        """FlashInfer's plan of the current table, for calls that our kernel cannot serve although it has the plan."""
+        table = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
+        self._plan_with_flashinfer(spec, *table, **self._scales())
+        # fast_decode_plan still has to come to us first.
+        self._module.flashinfers = self._cached_module
+        self._cached_module = self._module
 
     def _flashinfers_run(self, q: torch.Tensor, cache: Any, *args: Any, **kwargs: Any) -> Any:
         """FlashInfer's run of its own plan."""
@@ -771,14 +794,17 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
                 run_reference(decision, call)
             else:
                 pdl = device_support_pdl(self.device) and (enable_pdl is None or bool(enable_pdl))
-                # The kernel before may be the one that works out the schedule, which ours reads at once.
-                pdl, self._planned_just_now = pdl and not self._planned_just_now, False
+                # In a stream the kernel before may be the one that works out the schedule, which ours reads at once.
+                after_schedule = self._planned_just_now and not self._is_capturing()
+                pdl = pdl and not after_schedule
                 codes = self._prefetch_codes.get(pdl)
                 if codes is None:
                     codes = self._prefetch_codes[pdl] = self._resolve_prefetch(pdl).codes()
                 counters = self._reserve_counters(decision.counter_bytes, self._current_stream())
-                memory = self._float_workspace_buffer, counters
-                run_kernel(decision, call, *memory, pdl, codes, self._running, self._planned_for_run())
+                planned = self._planned_for_run()
+                run_kernel(decision, call, self._float_workspace_buffer, counters, pdl, codes, self._running, planned)
+                if after_schedule:
+                    self._planned_just_now = False
         self._choice = decision.choice
         if v_number is None:
             # A scale on the GPU, or one a head: FlashInfer, too, multiplies afterwards.

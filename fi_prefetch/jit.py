@@ -297,7 +297,7 @@ _failed: dict[Variant, KernelUnavailableError] = {}
 
 
 def load(variant: Variant) -> Any:
-    """The compiled module of a variant: compiled when needed (about a minute), then kept for the process.
+    """The compiled module of a variant: compiled when needed (about 20 s), then kept for the process.
 
     What FI_PREFETCH_AOT_DIR names is looked through first, and needs no compiler.
 
@@ -341,7 +341,7 @@ def _build_and_load(variant: Variant) -> Any:
         raise KernelUnavailableError(reason) from error
     compiled = Path(spec.get_library_path()).exists()
     if not compiled:
-        message = f"fi_prefetch: compiling {variant.name}, once for this machine (about a minute)"
+        message = f"fi_prefetch: compiling {variant.name}, once for this machine (about 20 s)"
         logger.info(message)
         print(message, file=sys.stderr, flush=True)
     start = time.monotonic()

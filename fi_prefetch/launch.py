@@ -92,7 +92,7 @@ def schedule(
     """Works out on the current stream what each warp of the decision's launches does with a page table.
 
     Args:
-        planned: int32 [at least planned_entries(decision)], where it is left.
+        planned: int32, of at least the decision's planned_bytes, where it is left.
     """
     spec = decision.spec
     with on_device(planned.device):
@@ -107,11 +107,6 @@ def schedule(
             spec.window_left,
             spec.q_len_per_req,
         )
-
-
-def planned_entries(decision: Decision) -> int:
-    """Of a decision's `schedule`: 512 bytes a warp and 16 a request (csrc/planned.cuh)."""
-    return decision.blocks * decision.warps * 128 + decision.spec.batch_size * 4
 
 
 def run_reference(decision: Decision, call: Call) -> None:

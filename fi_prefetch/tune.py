@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+logger = logging.getLogger("fi_prefetch")
 
 MIB = 1 << 20
 
@@ -99,9 +102,16 @@ def write_rules(path: Path, rules: Iterable[Rule], **about: str) -> None:
 
 @functools.cache
 def rules_for(gpu_key: str) -> tuple[Rule, ...]:
-    """What was tuned for a GPU, else the built-in table. Read once a process."""
-    path = tuned_file(gpu_key)
-    return read_rules(path) if path.is_file() else BUILT_IN
+    """What was tuned for a GPU, else the built-in table. Read once a process.
+
+    Nothing was tuned for a user without a home, or with one that may not be read, as in some containers.
+    """
+    try:
+        path = tuned_file(gpu_key)
+        return read_rules(path) if path.is_file() else BUILT_IN
+    except (OSError, RuntimeError) as error:
+        logger.warning("no tuned grids: %s", error)
+        return BUILT_IN
 
 
 CANDIDATES = tuple(

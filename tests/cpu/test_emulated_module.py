@@ -307,23 +307,30 @@ BAD_INPUT = {
     "window not compiled in": (bad(window_left=5), ValueError, "window_left"),
     "soft cap not compiled in": (bad(soft_cap=5.0), ValueError, "logits_soft_cap"),
     "no layout": (bad(layout=2), ValueError, "kv_layout_code: expected 0"),
-    "short plan": (bad(plan_info=[1, 2]), ValueError, "plan_info: expected the 9 numbers"),
-    "plan beyond the GPU": (bad(plan_info=[5, 9, 0, 0, 0, 4, 1, 3, 0]), ValueError, "plan_info: 5 blocks of 9 warps"),
+    "short plan": (bad(plan_info=[1, 2]), ValueError, "plan_info: expected the 10 numbers"),
+    "plan beyond the GPU": (
+        bad(plan_info=[5, 9, 0, 0, 0, 4, 1, 3, 0, 0]),
+        ValueError,
+        "plan_info: 5 blocks of 9 warps",
+    ),
     "heads that are not there abreast": (
-        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 2]),
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 2, 0]),
         ValueError,
         r"plan_info: .* 2\^2 of 2 kv heads abreast",
     ),
     "a workspace that no warps can meet in": (
-        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 1], float_workspace=workspace(1 << 16)),
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 1, 0], float_workspace=workspace(1 << 16)),
         ValueError,
         "float_workspace_buffer: expected at least 368640",
     ),
     "counters for too few warps": (
-        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 1], counters=torch.zeros(39, dtype=torch.int32)),
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 1, 0], counters=torch.zeros(39, dtype=torch.int32)),
         ValueError,
         "counters: expected at least 40",
     ),
+    "a query that is none": (bad(q=None), TypeError, "argument 3: expected .*Tensor.*, got None"),
+    "a layout that is a word": (bad(layout="NHD"), TypeError, "argument 11: expected int, got "),
+    "a plan of words": (bad(plan_info=["5"]), TypeError, "argument 2: expected Array<int>, got "),
     "levers": (bad(prefetch=[1]), ValueError, "prefetch: expected"),
     "q_len": (bad(q_len=0), ValueError, "q: expected shape"),
     "rope_scale": (bad(rope_scale=0.0, position="ROPE_LLAMA"), ValueError, "rope_scale, rope_theta: expected 0.001"),
@@ -342,22 +349,22 @@ BAD_INPUT = {
     ),
     "running of another type": (bad(running=torch.zeros(1)), TypeError, "running: expected dtype int32"),
     "a plan without splits": (
-        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 0], fixed_split=True),
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 0, 3, 0, 0], fixed_split=True),
         ValueError,
         "plan_info: .* 0 tiles a split",
     ),
     "a split too long": (
-        bad(plan_info=[5, 8, 0, 0, 0, 2, 1 << 29, 3, 0], fixed_split=True),
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 1 << 29, 3, 0, 0], fixed_split=True),
         ValueError,
         "536870912 tiles a split",
     ),
     "a workspace that holds no split": (
-        bad(plan_info=[5, 8, 0, 0, 0, 2, 1, 3, 0], float_workspace=workspace(64), fixed_split=True),
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 1, 3, 0, 0], float_workspace=workspace(64), fixed_split=True),
         ValueError,
         "float_workspace_buffer: expected at least",
     ),
     "counters for no split": (
-        bad(plan_info=[5, 8, 0, 0, 0, 2, 1, 3, 0], counters=torch.zeros(3, dtype=torch.int32), fixed_split=True),
+        bad(plan_info=[5, 8, 0, 0, 0, 2, 1, 3, 0, 0], counters=torch.zeros(3, dtype=torch.int32), fixed_split=True),
         ValueError,
         "counters: expected at least",
     ),
@@ -369,6 +376,12 @@ def test_the_module_refuses_before_it_launches(changes, error, message):
     module, arguments = module_arguments(emulated.make_problem([40, 9], heads_q=4, heads_kv=2), **changes)
     with pytest.raises(error, match=message):
         module.run(*arguments)
+
+
+def test_the_module_refuses_another_number_of_arguments():
+    module, arguments = module_arguments(emulated.make_problem([40, 9], heads_q=4, heads_kv=2))
+    with pytest.raises(TypeError, match="calling: `run.*Expected 24 but got 23 arguments"):
+        module.run(*arguments[:-1])
 
 
 def test_the_module_runs_what_the_refused_calls_were_made_of():
@@ -662,7 +675,7 @@ def test_splits_are_whole_tiles_and_there_is_room_for_all_that_a_table_can_have(
         # 1,000 pages of 48 tokens, 9 requests, 2 heads of 4 query rows.
         fixed = list(module.fix_splits(plan, tokens, 1000, 48, 9, 2))
         splits = 0 if tiles == 1 << 28 else (48_000 // (16 * tiles) + 9) * 2
-        assert fixed == [*list(plan)[:3], splits * 4 * stride, splits * 4 * 4, 4, tiles, 2, 0], tokens
+        assert fixed == [*list(plan)[:3], splits * 4 * stride, splits * 4 * 4, 4, tiles, 2, 0, 0], tokens
     sizes = module.workspace_size(workspace(), torch.empty(0), 9, 8, 2, 48, False, -1, 0.0, 128, 128, *arguments[3:5])
     assert list(sizes) == [0, 0]
 
@@ -674,7 +687,7 @@ def test_splits_are_whole_tiles_and_there_is_room_for_all_that_a_table_can_have(
         (lambda fixed, plain, info: fixed.fix_splits(info, 0, 9, 16, 1, 2), "split_tokens: expected 1 or more, got 0"),
         (lambda fixed, plain, info: fixed.fix_splits(info, 16, -1, 16, 1, 2), "expected counts, got -1 pages"),
         (lambda fixed, plain, info: fixed.fix_splits(info, 16, 1 << 62, 1 << 20, 1, 2), "are too many splits"),
-        (lambda fixed, plain, info: fixed.fix_splits(info[:3], 16, 9, 16, 1, 2), "plan_info: expected the 9 numbers"),
+        (lambda fixed, plain, info: fixed.fix_splits(info[:3], 16, 9, 16, 1, 2), "plan_info: expected the 10 numbers"),
         (lambda fixed, plain, info: fixed.adjust_plan(info, 1, 5, 4, 1), "the grid is part of the result"),
     ],
     ids=["other module", "no tokens", "no count", "too many", "short plan", "other grid"],
@@ -715,11 +728,11 @@ def schedule_arguments(**changes):
         (bad(planned=torch.zeros(5 * 8 * 128 + 8)), TypeError, "planned: expected dtype int32"),
         (bad(indptr=torch.zeros(2, dtype=torch.int32)), ValueError, "paged_kv_indptr: expected at least 3"),
         (bad(page_size=0), ValueError, "page_size, num_kv_heads: expected 1 or more, got 0 and"),
-        (bad(window_left=5), ValueError, "window_left: not what was planned: 5"),
-        (bad(q_len=17), ValueError, "q_len_per_req: got 17"),
-        (bad(plan_info=[5, 8]), ValueError, "plan_info: expected the 9 numbers"),
-        (bad(plan_info=[5, 8, 0, 0, 0, 17, 0, 3, 0]), ValueError, "plan_info: expected 1 to 16 query rows"),
-        (bad(plan_info=[5, 9, 0, 0, 0, 2, 0, 3, 0]), ValueError, "plan_info: 5 blocks of 9 warps"),
+        (bad(window_left=5), ValueError, "window_left: .* without a sliding window, got 5"),
+        (bad(q_len=17), ValueError, "q_len_per_req: expected 1 to 16, got 17"),
+        (bad(plan_info=[5, 8]), ValueError, "plan_info: expected the 10 numbers"),
+        (bad(plan_info=[5, 8, 0, 0, 0, 17, 0, 3, 0, 0]), ValueError, "plan_info: expected 1 to 16 query rows"),
+        (bad(plan_info=[5, 9, 0, 0, 0, 2, 0, 3, 0, 0]), ValueError, "plan_info: 5 blocks of 9 warps"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

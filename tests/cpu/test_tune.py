@@ -61,6 +61,16 @@ def test_what_was_tuned_replaces_the_table(tmp_path, monkeypatch):
     tune.rules_for.cache_clear()
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), RuntimeError("no home directory")])
+def test_a_home_that_cannot_be_read_has_no_tuned_grids(monkeypatch, caplog, error):
+    def tuned_file(key):
+        raise error
+
+    monkeypatch.setattr(tune, "tuned_file", tuned_file)
+    assert tune.rules_for.__wrapped__("h200") == tune.BUILT_IN
+    assert str(error) in caplog.text
+
+
 def test_the_best_grid_of_every_size():
     other = Grid(2, 4, 1)
     times = {

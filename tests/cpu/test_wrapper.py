@@ -662,11 +662,12 @@ class FakeModule:
         assert (args[13].dtype, args[14].dtype) == (self.variant.dtype_q, self.variant.dtype_kv)
         assert isinstance(graph, bool)
         tile = 2 * 16 * qk * self.variant.dtype_kv.itemsize
-        return [132, 8, 8 * 3 * tile + 512, self.partial_bytes, 3 * 132 * 4, num_qo_heads // num_kv_heads, 1, 3, 0]
+        shared, rows = 8 * 3 * tile + 512, num_qo_heads // num_kv_heads
+        return [132, 8, shared, self.partial_bytes, 3 * 132 * 4, rows, 1, 3, 0, 132 * 8 * 512 + batch_size * 16]
 
     def adjust_plan(self, info: list[int], batch_size: int, blocks: int, warps: int, min_tiles: int) -> list[int]:
         assert warps <= info[1] and not self.variant.fixed_split
-        return [blocks, warps, *info[2:6], min_tiles, *info[7:]]
+        return [blocks, warps, *info[2:6], min_tiles, *info[7:9], blocks * warps * 512 + batch_size * 16]
 
     def fix_splits(
         self, info: list[int], split_tokens: int, pages: int, page_size: int, batch_size: int, heads: int
@@ -687,7 +688,7 @@ class FakeModule:
         planned,
     ) -> None:  # fmt: skip
         self.calls.append(("run", (enable_pdl, prefetch, counters, plan_info, planned)))
-        assert isinstance(enable_pdl, bool) and len(prefetch) == 5 and len(plan_info) == 9
+        assert isinstance(enable_pdl, bool) and len(prefetch) == 5 and len(plan_info) == 10
         assert (window_left >= 0, soft_cap > 0) == (self.variant.sliding_window, self.variant.soft_cap)
         assert (q.dtype, k.dtype, o.dtype) == (self.variant.dtype_q, self.variant.dtype_kv, self.variant.dtype_o)
         assert counters.dtype == torch.int32 and 4 * counters.numel() >= plan_info[4] and not counters.any()
@@ -712,9 +713,7 @@ class FakeModule:
     ) -> None:  # fmt: skip
         self.calls.append(("schedule", (plan_info, planned)))
         assert (window_left >= 0) == self.variant.sliding_window and not self.variant.fixed_split
-        assert planned.dtype == torch.int32 and planned.numel() >= plan_info[0] * plan_info[1] * 128 + 4 * len(
-            last_page_len
-        )
+        assert planned.dtype == torch.int32 and 4 * planned.numel() >= plan_info[9]
         assert q_len >= 1 and page_size >= 1 and num_kv_heads >= 1
         planned.copy_(torch.tensor(self.scheduled(indptr, indices, last_page_len, planned), dtype=torch.int32))
 
@@ -975,6 +974,25 @@ def test_gpu_plans_work_out_a_schedule_where_the_page_table_stays(gpu, half_batc
     assert module.calls[-1][1][4] is memory and module.calls[-1][1][0] is False
 
 
+@pytest.mark.parametrize("between", ["captured", "failed"])
+def test_gpu_a_run_that_launched_nothing_is_not_the_first_after_a_schedule(gpu, half_batch, monkeypatch, between):
+    """The first one in the stream must not begin beside the schedule's kernel."""
+    wrapper = planned(half_batch, ready="plan")
+    module = only(gpu.modules)
+    with monkeypatch.context() as context:
+        if between == "captured":
+            context.setattr(type(wrapper), "_is_capturing", lambda self: True)
+            wrapper.run(half_batch.q, half_batch.cache)
+            assert module.calls[-1][1][0] is True, "in a graph the schedule's kernel is not the one before"
+        else:
+            context.setattr(type(wrapper), "_reserve_counters", lambda *_: (_ for _ in ()).throw(MemoryError))
+            with pytest.raises(MemoryError):
+                wrapper.run(half_batch.q, half_batch.cache)
+    for dependent in (False, True):
+        wrapper.run(half_batch.q, half_batch.cache)
+        assert module.calls[-1][1][0] is dependent
+
+
 def test_gpu_no_schedule_without_the_promise_or_with_fixed_splits(gpu, half_batch):
     for options, ready in (({}, "all_but_last_token"), ({"fixed_split_size": 1}, "plan")):
         wrapper = planned(half_batch, ready=ready, **options)
@@ -1027,11 +1045,11 @@ def test_gpu_a_schedule_that_needs_more_room_gets_it(gpu, half_batch, monkeypatc
     module = only(gpu.modules)
     first = module.calls[-1][1][1]
     original = FakeModule.plan
-    monkeypatch.setattr(FakeModule, "plan", lambda self, *args: [264, *original(self, *args)[1:]])
+    monkeypatch.setattr(FakeModule, "plan", lambda self, *args: [264, *original(self, *args)[1:9], 264 * 8 * 512])
     monkeypatch.setattr(FakeModule, "adjust_plan", lambda self, info, *args: info)
     wrapper.plan(*half_batch.table, *half_batch.shape, window_left=3, **half_batch.dtypes)
     second = wrapper._decision.module.calls[-1][1][1]
-    assert second.numel() >= 264 * 8 * 128 + 4 * len(half_batch.lengths) and second is not first
+    assert second.numel() >= 264 * 8 * 128 and second is not first
     assert any(kept is first for kept in wrapper._planned_before), "a run on another stream may still read it"
 
 
@@ -1331,6 +1349,47 @@ def test_gpu_late_flashinfer(gpu, half_batch, tensor_cores, far):
     wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
     wrapper.run(half_batch.q, far(half_batch))
     assert [name for name, _ in gpu.flashinfers] == ["plan", "run", "run", "plan", "run"]
+
+
+def test_gpu_late_flashinfer_that_was_captured_is_planned_again(gpu, half_batch, make_batch, monkeypatch, far):
+    """A graph of FlashInfer's kernels reads a schedule that only its plan writes."""
+    wrapper = graph_wrapper(half_batch)
+    later = make_batch([33, 16, 0, 5], dtype=torch.bfloat16)
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    wrapper.run(half_batch.q, far(half_batch))
+    wrapper.plan(*later.table, *later.shape, **later.dtypes)
+    assert [name for name, _ in gpu.flashinfers] == ["plan", "run"], "nothing of it was captured"
+    wrapper.run(half_batch.q, far(half_batch))
+    with monkeypatch.context() as capturing:
+        capturing.setattr(type(wrapper), "_is_capturing", lambda self: True)
+        wrapper.run(half_batch.q, far(half_batch))
+    gpu.flashinfers.clear()
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    ((name, plan),) = gpu.flashinfers
+    assert name == "plan" and torch.equal(plan["table"][0], half_batch.indptr)
+    wrapper.run(half_batch.q, half_batch.cache)
+    assert wrapper.kernel_choice.kernel == "fi_prefetch"
+    assert wrapper.run(half_batch.q, far(half_batch)) == "their result"
+    assert gpu.flashinfers[-1][1]["module"].stage == "theirs" and len(gpu.flashinfers) == 2
+
+
+def test_gpu_a_plan_of_flashinfers_that_fails_leaves_none(gpu, half_batch, monkeypatch):
+    wrapper = planned(half_batch)
+    module = only(gpu.modules)
+    base = flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper
+
+    def failing(self, *args, **kwargs):
+        raise RuntimeError("Buffer overflow when allocating memory")
+
+    with monkeypatch.context() as failure:
+        failure.setattr(base, "_plan_impl" if HAS_0_7 else "plan", failing)
+        with pytest.raises(RuntimeError, match="overflow"):
+            wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes, window_right=1)
+    with pytest.raises(RuntimeError, match=r"run: expected plan\(\) before run\(\): FlashInfer's plan failed"):
+        wrapper.run(half_batch.q, half_batch.cache)
+    wrapper.plan(*half_batch.table, *half_batch.shape, **half_batch.dtypes)
+    wrapper.run(half_batch.q, half_batch.cache)
+    assert module.names()[-1] == "run"
 
 
 def test_gpu_late_flashinfer_while_capturing(gpu, half_batch, monkeypatch, far):
