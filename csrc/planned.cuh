@@ -68,7 +68,7 @@ template <typename T>
 __global__ void __launch_bounds__(256, 1)
     schedule_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ ScheduleParams schedule) {
   ScanOf<T> scan(p, ptx::dynamic_shared_memory());
-  const Partition partition = cut(p, scan, schedule.blocks, schedule.warps);
+  const Partition partition = cut(p, scan, schedule.blocks, schedule.warps, T::kStageBytes);
   const uint32_t batch_size = p.table.batch_size;
   for (uint32_t r = blockIdx.x * blockDim.x + threadIdx.x; r < batch_size; r += gridDim.x * blockDim.x) {
     schedule.requests[r] = load_request<T::kWindow>(p, r);

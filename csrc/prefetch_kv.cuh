@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(256, 1)
   ptx::wait_for_dependencies();
   ptx::launch_dependents();
   ScanOf<T> scan(p, ptx::dynamic_shared_memory());
-  const Partition partition = cut(p, scan, window.blocks, window.warps);
+  const Partition partition = cut(p, scan, window.blocks, window.warps, T::kStageBytes);
   const auto give_way = [&] { return p.running != nullptr && ptx::load_relaxed(p.running) > 0; };
   const uint32_t stride = gridDim.x * warps_per_block();
   for (uint32_t warp = blockIdx.x * warps_per_block() + warp_index(); warp < partition.warps(); warp += stride) {

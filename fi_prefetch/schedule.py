@@ -49,10 +49,13 @@ class Partition:
         return self.tiles * (j * share % (1 << 32)) >> 32
 
 
-def default_min_tiles(tiles: int, blocks: int, warps: int, longest_request: int) -> int:
-    """Tiles that the kernel gives a warp at least: by all tiles, the grid, and the tiles of the longest request."""
+def default_min_tiles(tiles: int, blocks: int, warps: int, longest_request: int, tile_bytes: int) -> int:
+    """Tiles that the kernel gives a warp at least: by all tiles, the grid, the tiles of the longest request, and a
+    tile's bytes of K and V."""
     workers = blocks * warps
     least = 1 << (max(longest_request // 128, 1).bit_length() - 1) // 2
+    if tile_bytes < 8192 and tiles > workers:
+        return min(least, 2)
     piece = max(least, 2 if tiles > workers else 1)
     nearly_all_work = tiles <= workers * piece and 4 * tiles > 3 * workers * piece
     return 2 * piece if piece <= 2 and nearly_all_work and longest_request > warps * piece else least
@@ -132,6 +135,7 @@ class Schedule:
         blocks, warps: the grid, and the warps of a block.
         min_tiles_per_warp: with less than this to do for every warp, fewer blocks work; 0: the kernel chooses.
         q_len, window_left: as in the wrapper's plan.
+        tile_bytes: K and V of a tile; of 16-bit numbers in 128 dimensions, if nothing else is said.
     """
 
     lengths: Sequence[int]
@@ -141,6 +145,7 @@ class Schedule:
     min_tiles_per_warp: int = 0
     q_len: int = 1
     window_left: int = -1
+    tile_bytes: int = 8192
 
     @cached_property
     def tiles(self) -> list[int]:
@@ -173,7 +178,9 @@ class Schedule:
     @cached_property
     def min_tiles(self) -> int:
         """Tiles that a warp has at least, as long as there are more."""
-        return self.min_tiles_per_warp or default_min_tiles(self.all_tiles, self.blocks, self.warps, self.longest)
+        return self.min_tiles_per_warp or default_min_tiles(
+            self.all_tiles, self.blocks, self.warps, self.longest, self.tile_bytes
+        )
 
     @cached_property
     def split_tiles(self) -> int:

@@ -71,7 +71,14 @@ def explain_here(shape: Shape, policy: PrefetchPolicy, ready: str) -> Explanatio
     launch = levers.facts
     # The least work of a warp goes to the kernel with the grid, from the same table, and is not among the facts.
     grid = grid_for(rules_for(require_gpu().key), launch.kv_bytes)
-    schedule = Schedule(shape.lengths, shape.heads_kv, launch.blocks, launch.warps, grid.min_tiles_per_warp)
+    schedule = Schedule(
+        shape.lengths,
+        shape.heads_kv,
+        launch.blocks,
+        launch.warps,
+        grid.min_tiles_per_warp,
+        tile_bytes=launch.tile_bytes,
+    )
     return Explanation(wrapper.kernel_choice, schedule, levers, assumed=False)
 
 
@@ -95,10 +102,10 @@ def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -
     choice = kernel_choice(shape, facts)
     grid = grid_for(rules_for(facts.key), shape.kv_bytes)
     blocks, warps = facts.sm_count * grid.blocks_per_sm, grid.warps
-    schedule = Schedule(shape.lengths, shape.heads_kv, blocks, warps, grid.min_tiles_per_warp)
+    tile_bytes = TILE_TOKENS * shape.token_bytes // shape.heads_kv
+    schedule = Schedule(shape.lengths, shape.heads_kv, blocks, warps, grid.min_tiles_per_warp, tile_bytes=tile_bytes)
     if choice.kernel != "fi_prefetch":
         return Explanation(choice, schedule, None, assumed=True)
-    tile_bytes = TILE_TOKENS * shape.token_bytes // shape.heads_kv
     launch = LaunchFacts(
         blocks=blocks,
         warps=warps,

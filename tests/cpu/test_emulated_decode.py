@@ -107,6 +107,21 @@ def test_lengths_that_change_after_the_plan_change_nothing(lengths):
     assert torch.equal(alone[0], planned[0]) and torch.equal(alone[1], planned[1])
 
 
+@pytest.mark.parametrize("page_size", [1, 16], ids=["rows", "tiles"])
+@pytest.mark.parametrize("plans, kv_dtype", [(False, None), (True, None), (True, torch.float8_e4m3fn)])
+def test_dependents_of_a_planned_call_start_when_all_its_copies_have(plans, kv_dtype, page_size):
+    """Else what they prefetch is in the way of these. A ring of fp8 tiles is filled at once, and they may start with
+    it; so they may where the next call has a schedule to make first."""
+    problem = make_problem(
+        [700, 40, 90], heads_q=8, heads_kv=2, page_size=page_size, kv_dtype=kv_dtype, levers=(0, 1, 0, 3, 1),
+        plans=plans,
+    )  # fmt: skip
+    counts = emulated.emulator.statistics(emulated.run(problem)[2])
+    copies = counts["copies"] + counts["tensor_copies"]
+    assert copies > 0 and counts["threads_that_launched"] > 0
+    assert counts["copies_after_launch"] == (0 if plans and kv_dtype is None else copies)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("heads_q", [4, 16])
 def test_tensor_copies_of_every_width_of_a_row(head_dim, heads_q):

@@ -187,6 +187,24 @@ def test_auto_follows_the_measurements():
     assert (named.early_load, named.prologue) == (True, 2)
 
 
+@pytest.mark.parametrize(
+    ("tile_bytes", "megabytes", "prologue"),
+    [
+        (8192, 0, 0), (8192, 1, 1), (8192, 16, 1), (8192, 32, 1), (8192, 64, 1), (8192, 96, 2), (8192, 128, 2),
+        (8192, 256, 3), (8192, 8192, 3),
+        (4096, 16, 1), (4096, 32, 2), (4096, 64, 2), (4096, 128, 4), (4096, 8192, 4),
+    ],
+)  # fmt: skip
+def test_auto_brings_more_before_a_planned_call(tile_bytes, megabytes, prologue):
+    """An eighth of what a warp reads, of little a quarter; within the budget (3 tiles of 8 KB), and what is known."""
+    planned = H100._replace(ready="plan", tile_bytes=tile_bytes, kv_bytes=megabytes * MIB)
+    plan = resolve(PrefetchPolicy(), planned, pdl=True)
+    assert plan.prologue == prologue
+    assert "planned once, and a warp reads " in plan.reason
+    assert resolve(PrefetchPolicy(prologue=0), planned, pdl=True).prologue == 0
+    assert resolve(PrefetchPolicy(), planned._replace(kv_bytes=None), pdl=True).prologue == PROLOGUE_TILES
+
+
 def test_the_paper_over_budget_shrinks_to_nothing():
     """264 blocks that each prefetch 192 KB ahead ask for more than L2 holds."""
     launch = LaunchFacts(264, 4, 3, 8192, 2 << 30, 50 * MIB, 132)

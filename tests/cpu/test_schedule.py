@@ -2,6 +2,7 @@
 
 import emulated_decode as emulated
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -89,7 +90,7 @@ def cuts_as(schedule, problem):
             page = int(problem.indices[problem.indptr[s.request] + token // page_size])
             for cache in (problem.k, problem.v):
                 row = cache[page, token % page_size, s.head]
-                expected |= {row.data_ptr(), row.data_ptr() + 128}
+                expected |= {row.data_ptr() + at for at in range(0, row.nbytes, 128)}
     return asked == expected
 
 
@@ -180,4 +181,26 @@ def test_fewer_blocks_work_where_many_would_meet():
         schedule = Schedule([length], 1, blocks=10, warps=4)
         assert schedule.working_blocks == blocks
         problem = emulated.make_problem([length], heads_q=2, heads_kv=1, page_size=16, blocks=10, warps=4, min_tiles=0)
+        assert cuts_as(schedule, problem)
+
+
+def test_all_blocks_work_on_two_small_tiles_a_warp():
+    def working(lengths, heads, tile_bytes):
+        return Schedule(lengths, heads, blocks=132, warps=8, tile_bytes=tile_bytes).working_blocks
+
+    assert [working([1024] * 8, 4, tile_bytes) for tile_bytes in (16384, 8192, 4096, 2048)] == [64, 64, 128, 128]
+    assert [working([32768], 1, tile_bytes) for tile_bytes in (8192, 4096)] == [64, 128], "two tiles, not four"
+    assert working([65536], 1, 4096) == 128, "four tiles a warp already"
+    assert working([2048], 8, 4096) == 64, "there is one for each warp: 8 meet about a head, not 16"
+    for options, tile_bytes, blocks in (
+        ({"kv_dtype": torch.float8_e4m3fn}, 4096, 10),
+        ({"head_dim": 64}, 4096, 10),
+        ({}, 8192, 5),
+        ({"head_dim": 256, "kv_dtype": torch.float8_e4m3fn}, 8192, 5),
+    ):
+        schedule = Schedule([1200], 1, blocks=10, warps=4, tile_bytes=tile_bytes)
+        assert schedule.working_blocks == blocks
+        problem = emulated.make_problem(
+            [1200], heads_q=2, heads_kv=1, page_size=16, blocks=10, warps=4, min_tiles=0, **options
+        )
         assert cuts_as(schedule, problem)

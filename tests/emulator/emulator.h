@@ -256,12 +256,13 @@ struct Prefetch {
 // clang-format off: it never agrees with itself about such a list
 #define EMULATOR_STATISTICS(X) \
   X(prefetches) X(prefetched_bytes) X(copies) X(copied_bytes) X(copies_evict_first) X(tensor_copies) \
-  X(waits_for_dependencies) \
+  X(copies_after_launch) X(waits_for_dependencies) \
   X(launches_of_dependents) X(threads) X(threads_that_waited) X(threads_that_launched) X(matrix_loads) \
   X(matrix_load_conflicts) X(multiply_adds) X(shuffles) X(barriers) X(atomics) X(fences) X(rounds)
 // clang-format on
 
 /// Counts over one launch. matrix_load_conflicts: extra shared-memory cycles of ldmatrix because of bank conflicts.
+/// copies_after_launch: copies, of tensors too, that a thread started after it had let dependents start.
 struct Statistics {
 #define EMULATOR_FIELD(name) int64_t name = 0;
   EMULATOR_STATISTICS(EMULATOR_FIELD)
@@ -760,6 +761,7 @@ inline void copy_async(uint32_t destination, const void* source, Site site) {
   hidden_flag(p) = 1;
   Lane& me = *current;
   machine.statistics.copies += 1;
+  machine.statistics.copies_after_launch += me.launched_dependents;
   machine.statistics.copied_bytes += bytes;
   me.copies.push_back({p, source, bytes, me.groups_committed, false, site});
   if (machine.early_copy_odds && random_below(machine.early_copy_odds) == 0) {

@@ -138,6 +138,7 @@ FI_PREFETCH_DEVICE void copy_tensor(uint32_t destination, const CUtensorMap* map
     memset(to, 0xFF, bytes);
     memset(&emulator::hidden_flag(to), 1, bytes / 16);
     machine.statistics.tensor_copies += 1;
+    machine.statistics.copies_after_launch += current->launched_dependents;
     machine.statistics.copied_bytes += bytes;
     emulator::TensorCopy copy{tensor, destination, bytes, barrier, {}, false};
     memcpy(copy.at, place.at, sizeof(copy.at));
