@@ -63,6 +63,5 @@ def keeps(server_args: Any) -> Promise:
         kept = Promise("plan", "a decode step writes one token a request, and its page table before it is planned")
     most = settings.most_ready()
     if READY_CODES[most] < READY_CODES[kept.ready]:
-        by_default = most == settings.DEFAULT_READY
-        return Promise(most, kept.reason if by_default else f"{settings.READY_VARIABLE}={most}")
+        return Promise(most, f"{settings.READY_VARIABLE}={most}")
     return kept

@@ -8,8 +8,6 @@ from ..prefetch import READY_CODES
 
 # What may be promised to the kernel at most; promises.py says what SGLang keeps.
 READY_VARIABLE = "FI_PREFETCH_SGLANG_READY"
-# Less than what SGLang keeps: "plan" was run as SGLang replays its steps, and not in an engine yet.
-DEFAULT_READY = "all_but_last_token"
 # In which idle windows of a decode step the next layer's KV is prefetched.
 WINDOW_VARIABLE = "FI_PREFETCH_SGLANG_WINDOW"
 WINDOWS = ("off", "all_reduce")
@@ -17,7 +15,7 @@ WINDOWS = ("off", "all_reduce")
 
 def most_ready() -> str:
     """The strongest `ready` to promise; ValueError for a name that is none."""
-    return _one_of(READY_VARIABLE, tuple(READY_CODES), DEFAULT_READY)
+    return _one_of(READY_VARIABLE, tuple(READY_CODES), "plan")
 
 
 def window() -> str:

@@ -249,8 +249,9 @@ def test_layer_without_kv_is_left_to_flashinfer(error: Exception) -> None:
 @pytest.mark.parametrize(
     ("pdmux", "variable", "ready", "reason"),
     [
-        (False, None, "all_but_last_token", "one token a request"),
+        (False, None, "plan", "one token a request"),
         (False, "plan", "plan", "one token a request"),
+        (False, "all_but_last_token", "all_but_last_token", settings.READY_VARIABLE),
         (True, "plan", "page_table", "another stream"),
         (True, None, "page_table", "another stream"),
         (False, "page_table", "page_table", settings.READY_VARIABLE),
