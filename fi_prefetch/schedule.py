@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 TILE_TOKENS = 16
+# Bytes of K and V: of 16-bit numbers in 128 dimensions. A warp's ring holds two of these, and more of smaller ones.
+LARGE_TILE = 8 << 10
 
 
 def request_tiles(length: int, q_len: int = 1, window_left: int = -1) -> int:
@@ -54,7 +56,7 @@ def default_min_tiles(tiles: int, blocks: int, warps: int, longest_request: int,
     tile's bytes of K and V."""
     workers = blocks * warps
     least = 1 << (max(longest_request // 128, 1).bit_length() - 1) // 2
-    if tile_bytes < 8192 and tiles > workers:
+    if tile_bytes < LARGE_TILE and tiles > workers:
         return min(least, 2)
     piece = max(least, 2 if tiles > workers else 1)
     nearly_all_work = tiles <= workers * piece and 4 * tiles > 3 * workers * piece
@@ -135,7 +137,7 @@ class Schedule:
         blocks, warps: the grid, and the warps of a block.
         min_tiles_per_warp: with less than this to do for every warp, fewer blocks work; 0: the kernel chooses.
         q_len, window_left: as in the wrapper's plan.
-        tile_bytes: K and V of a tile; of 16-bit numbers in 128 dimensions, if nothing else is said.
+        tile_bytes: K and V of a tile.
     """
 
     lengths: Sequence[int]
@@ -145,7 +147,7 @@ class Schedule:
     min_tiles_per_warp: int = 0
     q_len: int = 1
     window_left: int = -1
-    tile_bytes: int = 8192
+    tile_bytes: int = LARGE_TILE
 
     @cached_property
     def tiles(self) -> list[int]:

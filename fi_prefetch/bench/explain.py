@@ -11,7 +11,7 @@ from fi_prefetch import dispatch
 from fi_prefetch.device import GpuFacts, describe
 from fi_prefetch.dispatch import DecodeSpec, KernelChoice
 from fi_prefetch.prefetch import LaunchFacts, PrefetchPlan, PrefetchPolicy, resolve, stretch_tiles
-from fi_prefetch.schedule import Schedule
+from fi_prefetch.schedule import LARGE_TILE, TILE_TOKENS, Schedule
 from fi_prefetch.tune import grid_for, rules_for
 
 from .environment import require_gpu
@@ -19,9 +19,7 @@ from .estimate import GPUS
 from .shapes import Shape
 
 # What csrc/decode.cu gives a warp's pipeline; the GPU's own answer replaces it where there is one.
-RING_BYTES = 24 << 10
-LARGE_TILE = 8 << 10  # of which it is two
-TILE_TOKENS = 16
+RING_BYTES = 24 << 10  # of tiles of LARGE_TILE two alone
 HOPPER_SM_COUNT = {"h100": 132, "h200": 132, "h20": 78}
 HOPPER_L2_BYTES = 50 << 20
 
