@@ -35,18 +35,20 @@ constexpr bool kSoftCap = FI_PREFETCH_SOFT_CAP;
 constexpr Position kPosition = Position{FI_PREFETCH_POSITION};
 constexpr bool kFixedSplit = FI_PREFETCH_FIXED_SPLIT;
 
-/// About 24 KB of ring a warp, of which eight warps keep what an SM's share of HBM needs in flight several times over
-/// (34 GB/s at 1 us on an H200); but of tiles of 8 KB and more no third one: with three on their way to each of eight
-/// warps the SM takes no more copies, and a warp that waits to start one cannot compute (3 % of 34 MB in pieces of four
-/// tiles, 8 % of 69 MB in pieces that go over from one request to another; H200).
+/// 16 KB of ring a warp, of which eight warps keep what an SM's share of HBM needs in flight several times over (34
+/// GB/s at 1 us on an H200), or of large tiles two. With 24 KB on their way to each of eight warps the SM takes no more
+/// copies, and a warp that waits to start one cannot compute: 3 % of 34 MB in pieces of four tiles and 8 % of 69 MB in
+/// pieces that go over from one request to another, where tiles have 8 KB; 1 to 4 % of up to 64 MB where they have 4
+/// (H200).
 constexpr int stage_count() {
   constexpr int kStageBytes = 2 * kTileTokens * FI_PREFETCH_HEAD_DIM * sizeof(FI_PREFETCH_DTYPE_KV);
-  return kStageBytes >= 8 * 1024 ? 2 : std::min(24 * 1024 / kStageBytes, 8);
+  return std::max(2, std::min(16 * 1024 / kStageBytes, 8));
 }
 
-template <int ROW_TILES, bool FEW_REQUESTS = false, bool TENSOR_COPIES = false>
-using Traits = DecodeTraits<FI_PREFETCH_DTYPE_Q, FI_PREFETCH_DTYPE_KV, FI_PREFETCH_DTYPE_O, FI_PREFETCH_HEAD_DIM,
-                            ROW_TILES, stage_count(), kWindow, kSoftCap, kPosition, FEW_REQUESTS, TENSOR_COPIES>;
+template <int ROW_TILES, bool FEW_REQUESTS = false, bool TENSOR_COPIES = false, bool PLANNED = false>
+using Traits =
+    DecodeTraits<FI_PREFETCH_DTYPE_Q, FI_PREFETCH_DTYPE_KV, FI_PREFETCH_DTYPE_O, FI_PREFETCH_HEAD_DIM, ROW_TILES,
+                 stage_count(), kWindow, kSoftCap, kPosition, FEW_REQUESTS, TENSOR_COPIES, PLANNED>;
 using AnyTraits = Traits<1>;
 
 constexpr int kMaxWarps = 8;
@@ -467,23 +469,25 @@ void launch(const Launch& l, int device, const Params&... params) {
   check_cuda(cudaLaunchKernelEx(&config, KERNEL, params...), "cudaLaunchKernelEx");
 }
 
-/// Whether there is a decode kernel that copies whole tiles, for pages of whole tiles: where it was measured to be the
-/// faster one. With 16-bit KV it saves up to 5 % of calls of 4 to 16 MB, and costs 1.3 % at most; with fp8, whose tiles
-/// are half as large, it costs 4 to 8 % of 16 to 64 MB (H200).
+/// Whether there is a decode kernel that copies whole tiles, for pages of whole tiles.
 [[maybe_unused]] constexpr bool has_tensor_copies(int row_tiles) {
-  return !kFixedSplit && row_tiles == 1 && kPosition == Position::kNone && FI_PREFETCH_HEAD_DIM == 128 &&
-         sizeof(FI_PREFETCH_DTYPE_KV) == 2;
+  return !kFixedSplit && row_tiles == 1 && kPosition == Position::kNone && FI_PREFETCH_HEAD_DIM <= 128;
 }
 
-/// Bytes of KV that a page table may name from which on it is used for what plan() worked out as well. That leaves the
-/// accelerator no time to look at its maps: calls of 1 to 32 MB take 2 to 9 % longer with it then, larger ones 1 to 2 %
-/// less (H200).
-[[maybe_unused]] constexpr double kFewestPlannedBytes = 64 << 20;
+/// Whether that one is the faster, where a page table may name `bytes` of KV. Tiles of 8 KB: it saves up to 5 % of
+/// calls of 4 to 16 MB, and costs 1.3 % at most; but what plan() worked out leaves the accelerator no time to look at
+/// its maps, and calls of 1 to 32 MB take 2 to 9 % longer with it then, larger ones 1 to 2 % less. Smaller tiles: it
+/// takes 1 to 8 % longer up to 32 MB in any case, and 1 to 5 % less from 64 MB on (up to 14 % in 64 dimensions; H200).
+[[maybe_unused]] constexpr bool copies_tensors(double bytes, bool planned) {
+  return bytes >= 64 << 20 || (AnyTraits::kStageBytes >= kLargeTileBytes && !planned);
+}
 
-/// The decode kernel for few requests, or for more.
+/// The decode kernel for planned work, for few requests, or for more.
 template <int ROW_TILES, bool TENSOR_COPIES, typename Params>
 void launch_decode(const Launch& l, int device, const Params& p) {
-  if (p.table.batch_size <= kMostFewRequests) {
+  if (p.planned != nullptr) {
+    launch<decode_kernel<Traits<ROW_TILES, /*FEW_REQUESTS=*/false, TENSOR_COPIES, /*PLANNED=*/true>>>(l, device, p);
+  } else if (p.table.batch_size <= kMostFewRequests) {
     launch<decode_kernel<Traits<ROW_TILES, /*FEW_REQUESTS=*/true, TENSOR_COPIES>>>(l, device, p);
   } else {
     launch<decode_kernel<Traits<ROW_TILES, /*FEW_REQUESTS=*/false, TENSOR_COPIES>>>(l, device, p);
@@ -500,7 +504,7 @@ void launch_attention(const Launch& l, int device, const DecodeParams& p, const 
     if constexpr (has_tensor_copies(ROW_TILES)) {
       const double most_bytes =
           static_cast<double>(p.table.num_indices) * p.table.page_size * p.num_kv_heads * 2 * AnyTraits::kRowBytes;
-      if (p.table.page_size % kTileTokens == 0 && (p.planned == nullptr || most_bytes >= kFewestPlannedBytes) &&
+      if (p.table.page_size % kTileTokens == 0 && copies_tensors(most_bytes, p.planned != nullptr) &&
           device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9) {
         TensorDecodeParams with_maps{p, {}};
         if (describe<AnyTraits>(with_maps.maps, p)) {

@@ -70,6 +70,12 @@ FI_PREFETCH_DEVICE Share share_of(const Partition& partition, uint32_t request, 
   return share;
 }
 
+/// Whether all warps of a block have the same piece, each of another head.
+FI_PREFETCH_DEVICE bool keeps_step(const Partition& partition) {
+  const uint32_t abreast = 1u << partition.abreast_log2, warps = warps_per_block();
+  return abreast > 1 && warps <= abreast && __popc(warps) == 1;
+}
+
 /// Keeps for the merge that this warp shares a run's request and head with others: on the left the one that warps
 /// before it have tiles of as well, if it ends in this warp's piece; on the right the one that goes on in the warps
 /// after it. `begin` and `end`: where the request and head's tiles are on the line. Collective over the warp.
@@ -109,6 +115,12 @@ FI_PREFETCH_DEVICE void count_running(const DecodeParams& p, int32_t change) {
   if (p.running != nullptr && threadIdx.x == 0) ptx::add_relaxed(p.running, change);
 }
 
+template <typename T>
+FI_PREFETCH_DEVICE Request request_at(const DecodeParams& p, uint32_t r) {
+  if constexpr (T::kPlanned) return load_planned_request(p, r);
+  return load_request<T::kWindow>(p, r);
+}
+
 /// Requests without tiles: output 0, lse -inf. Spread over all blocks, those without other work included.
 template <typename T>
 FI_PREFETCH_DEVICE void write_empty_requests(const DecodeParams& p) {
@@ -116,7 +128,7 @@ FI_PREFETCH_DEVICE void write_empty_requests(const DecodeParams& p) {
   const uint32_t stride = gridDim.x * blockDim.x;
   for (uint32_t first = blockIdx.x + gridDim.x * warp_index() * 32; first < batch_size; first += stride) {
     const uint32_t r = first + gridDim.x * lane_index();
-    const bool is_empty = r < batch_size && load_request<T::kWindow>(p, r).tiles == 0;
+    const bool is_empty = r < batch_size && request_at<T>(p, r).tiles == 0;
     for (uint32_t empty = __ballot_sync(kFullWarp, is_empty); empty != 0; empty &= empty - 1) {
       const uint32_t request = first + gridDim.x * (__ffs(empty) - 1);
       const MergedRow<T> nothing = {{}, -INFINITY, 0.0f};
@@ -210,46 +222,48 @@ template <typename T>
 __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ ParamsOf<T> p) {
   if constexpr (T::kTensorCopies && !ptx::kHasTensorCopies) return;
   const uint32_t warp = warp_index(), warps = warps_per_block();
+  uint32_t word = 0;
+  Request of_this_lane{};
+  if constexpr (T::kPlanned) {  // first of all, since everything waits for them: up to 3 % of 1 to 4 MB (H200)
+    word = ptx::load_and_keep(reinterpret_cast<const int32_t*>(p.planned[warp_number()].words) + lane_index());
+    of_this_lane = load_planned_request(p, lane_index());
+  }
   const SharedMemory<T> shared(ptx::dynamic_shared_memory(), warps, p.group_size * p.q_len);
   KvPipeline<T> pipeline(p, shared.rings, shared.runs);
+  if constexpr (T::kPlanned) pipeline.load_planned_pages(p.planned[warp_number()]);
   WarpAttention<T> attention(p);
   Work<T::kWindow> work;
   const Piece<T::kWindow>& piece = work.piece;
   // What is read before the kernels that this one depends on have finished is final if the caller promised so, else a
   // guess: no more than hints and copies into the ring follow from it until it was compared with what is there after
   // the wait.
-  const bool planned = p.planned != nullptr;
-  const bool is_final = p.levers.ready != kNothing || planned;
+  const bool is_final = T::kPlanned || p.levers.ready != kNothing;
   const bool early_load = p.levers.early_load > 0;
   // The next call, if it is one like this, has little to do before its wait where it is planned, and finds room at once
   // where this one leaves blocks without work. What it prefetches would be in the way of what this one reads: so it
-  // starts when all of that is on its way (16-bit KV, 16 MB: 7 to 10 %, H200). A ring of many tiles is filled at once.
-  const bool dependents_later = planned && !T::kTakesTwo;
+  // starts when all of that is on its way (16-bit KV, 16 MB: 7 to 10 %, H200).
+  // Where a ring holds four tiles or more there is no such difference.
+  constexpr bool dependents_later = T::kPlanned && !T::kTakesTwo;
   bool finished = true;  // the kernels before this one
   bool keep_late = false;
   bool before_wait = p.dependent_launch && (is_final || ScanOf<T>::can_compare(p));
-  uint32_t word = 0;
-  if (planned) {
-    const PlannedWork& record = p.planned[warp_number()];
-    word = ptx::load_and_keep(reinterpret_cast<const int32_t*>(record.words) + lane_index());
-    pipeline.load_planned_pages(record);
-  }
   prefetch_counters(p);
   if (!before_wait) ptx::wait_for_dependencies();
   touch(p);
 
 #pragma unroll 1
   while (true) {
-    const bool scan_in_rings = !planned && ScanOf<T>::shared_bytes(p.table.batch_size) > shared.left_partial_bytes();
+    const bool scan_in_rings =
+        !T::kPlanned && ScanOf<T>::shared_bytes(p.table.batch_size) > shared.left_partial_bytes();
     ScanOf<T> scan;
-    if (planned) {
-      scan.read_planned(p);
+    if constexpr (T::kPlanned) {
       work = work_of_words<T::kWindow>(word);
+      pipeline.start(piece.first, piece.count, of_this_lane);
     } else {
       scan.read(p, scan_in_rings ? shared.rings : reinterpret_cast<uint8_t*>(shared.left_partials));
       work = Work<T::kWindow>(p, cut(p, scan, gridDim.x, warps, T::kStageBytes), scan, warp_number());
+      pipeline.start(piece.first, piece.count, scan.of_this_lane());
     }
-    pipeline.start(piece.first, piece.count, scan.of_this_lane(), planned);
     const bool verify = before_wait && !is_final;
     if (before_wait && !early_load) pipeline.prefetch_head(p.levers.prologue);
 
@@ -284,7 +298,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     // Once outside of the loop, at whose head the compiler waits for all of the loads above.
     if (finished) pipeline.issue();
     before_wait = false;
-    if (!verify && !planned && scan.kInSharedMemory) __syncthreads();  // it lies where the left partials are
+    if (!verify && !T::kPlanned && scan.kInSharedMemory) __syncthreads();  // it lies where the left partials are
     if (!verify || !scan.changed(pipeline.first_pages_changed())) break;
     pipeline.drain();
     if (scan.kInSharedMemory) __syncthreads();
@@ -296,8 +310,13 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
   uint32_t begin = 0;    // where the run's request and head begins on the line
   uint32_t stage = 0;
   uint32_t step = 1;
+  // Warps that read heads abreast drift apart, and rows that lie side by side are then asked for at different times. A
+  // block whose warps all have the same piece keeps them in step (2 to 4 % of 1 GB of fp8, up to 1 % of bf16, H200);
+  // not where they copy row by row, which leaves no time to wait for each other (1 to 3 % slower).
+  const bool in_step = T::kTensorCopies && keeps_step(work.partition);
 #pragma unroll 1
   for (uint32_t i = 0; i < piece.count; i += step) {
+    if (in_step && i / (T::kTakesTwo ? 2 : 1) % 4 == 0) __syncthreads();
     __syncwarp();  // all lanes are done with the tiles before, whose stages are free
 #pragma unroll 1
     while (true) {
@@ -322,8 +341,8 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
       if (i > 0 || keep_late) keep_share<T>(work, run.request, run.head, begin, begin + run.tiles, shared);
       attention.start();
     }
-    pipeline.template wait<T::kTakesTwo ? 2 : 1>(i, run.length - run.token);
     if constexpr (T::kTakesTwo) step = i + 2 <= run_end ? 2 : 1;
+    pipeline.wait(i, step, run.length - run.token);
     const uint32_t tile = pipeline.tile(stage);
     if (T::kTakesTwo && step == 2) {
       stage = pipeline.next(stage);

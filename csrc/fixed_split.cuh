@@ -66,7 +66,7 @@ FI_PREFETCH_DEVICE void attend_to(const DecodeParams& p, TileCursor<T::kWindow> 
   int32_t token = at.token();
 #pragma unroll 1
   for (uint32_t i = 0; i < count; ++i) {
-    pipeline.template wait<1>(i, at.request.length - token);
+    pipeline.wait(i, 1, at.request.length - token);
     attention.template add_tiles<1>({pipeline.tile(stage)}, token, at.request.length);
     token += kTileTokens;
     stage = pipeline.next(stage);

@@ -20,10 +20,9 @@ class KvPipeline {
   FI_PREFETCH_DEVICE void load_planned_pages(const PlannedWork& record) { copies_.load_planned_pages(record); }
 
   /// Begins a piece of `count` tiles (perhaps none) from `first` on: loads the page numbers of its first stretch, where
-  /// they are not `planned`, and works out where they lie. Before the first issue() the caller loads the next
-  /// stretch's.
-  FI_PREFETCH_DEVICE void start(const TileCursor<T::kWindow>& first, uint32_t count, const Request& of_this_lane,
-                                bool planned = false) {
+  /// they are not planned, and works out where they lie. Before the first issue() the caller loads the next stretch's.
+  /// `of_this_lane`: the request whose number is the lane's, where requests are few or work is planned.
+  FI_PREFETCH_DEVICE void start(const TileCursor<T::kWindow>& first, uint32_t count, const Request& of_this_lane) {
     of_this_lane_ = of_this_lane;
     ahead_ = first;
     count_ = count;
@@ -31,7 +30,7 @@ class KvPipeline {
     stretch_is_done_ = false;
     copies_.restart();
     if (count_ == 0) return;
-    if (planned) {
+    if constexpr (T::kPlanned) {
       copies_.place_planned_pages(ahead_);
     } else {
       copies_.load_pages(ahead_);
@@ -100,12 +99,11 @@ class KvPipeline {
   /// The run whose first tile is in a stage, or on its way there. The caller passed a warp barrier since its issue().
   FI_PREFETCH_DEVICE const Run& run(uint32_t stage) const { return runs_[stage]; }
 
-  /// Waits for the copies of tile `tile` of the piece and of the MOST - 1 after it, as far as they were started, and
-  /// makes them visible to the whole warp. Also tells the warp's lanes that all of them are done with the tiles before.
-  /// `rows`: tokens that the request has from the tile's first on.
-  template <int MOST>
-  FI_PREFETCH_DEVICE void wait(uint32_t tile, int32_t rows) {
-    copies_.template wait<MOST>(issued_ - tile, rows);
+  /// Waits for the copies of tile `tile` of the piece and of the others of `tiles` (two at most, where the warp takes
+  /// two) from there on, and makes them visible to the whole warp. Also tells the warp's lanes that all of them are
+  /// done with the tiles before. `rows`: tokens that the request has from the first tile's first on.
+  FI_PREFETCH_DEVICE void wait(uint32_t tile, uint32_t tiles, int32_t rows) {
+    copies_.wait(issued_ - tile, tiles, rows);
   }
 
   /// Where the tile in a stage lies: its rows of K, then of V.
@@ -128,7 +126,9 @@ class KvPipeline {
   FI_PREFETCH_DEVICE void look_ahead() {
     if (!goes_on()) return;
     const uint32_t tiles = kStretch - at_.tile % kStretch;
-    if constexpr (T::kFewRequests) {
+    if constexpr (T::kPlanned) {
+      ahead_.advance_planned(p_, tiles, of_this_lane_);
+    } else if constexpr (T::kFewRequests) {
       ahead_.advance(p_, tiles, of_this_lane_);
     } else {
       ahead_.advance(p_, tiles);
@@ -156,7 +156,7 @@ class KvPipeline {
 
   const DecodeParams& p_;
   Copies copies_;
-  Request of_this_lane_{};        // where the batch is of few
+  Request of_this_lane_{};        // see start()
   TileCursor<T::kWindow> at_;     // the next tile to issue, unless its stretch is done
   TileCursor<T::kWindow> ahead_;  // in the stretch after it
   bool stretch_is_done_ = false;

@@ -160,10 +160,9 @@ class RowCopies {
     destination_ = stage == 0 ? first_destination_ : destination_ + T::kStageBytes;
   }
 
-  /// Waits for the oldest MOST of `issued` tiles, or for all where they are fewer.
-  template <int MOST>
-  FI_PREFETCH_DEVICE void wait(uint32_t issued, int32_t) {
-    wait_for_all_but<T::kStages - MOST>(static_cast<int32_t>(issued) - MOST);
+  /// Waits for the oldest `tiles` of `issued`.
+  FI_PREFETCH_DEVICE void wait(uint32_t issued, uint32_t tiles, int32_t) {
+    wait_for_all_but<T::kStages - 1>(issued - tiles);
     __syncwarp();
   }
 
@@ -180,9 +179,9 @@ class RowCopies {
            static_cast<int32_t>(at.tile / kStretch * kStretch * kTileTokens + lane_index() + i * 32);
   }
 
-  /// Waits until no more than the `newest` tiles are on their way, of which there may be more than MOST.
-  template <int MOST>
-  FI_PREFETCH_DEVICE static void wait_for_all_but(int32_t newest) {
+  /// Waits until no more than the `newest` tiles are on their way, MOST at most.
+  template <uint32_t MOST>
+  FI_PREFETCH_DEVICE static void wait_for_all_but(uint32_t newest) {
     if constexpr (MOST > 0) {
       if (newest < MOST) return wait_for_all_but<MOST - 1>(newest);
     }

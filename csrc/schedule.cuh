@@ -13,6 +13,8 @@ namespace fi_prefetch {
 constexpr uint32_t kFullWarp = 0xffffffffu;
 /// Requests that every warp keeps in its registers, one a lane.
 constexpr int32_t kMostFewRequests = 32;
+/// K and V of a tile: of 16-bit numbers in 128 dimensions, or of more.
+constexpr uint32_t kLargeTileBytes = 8 << 10;
 
 FI_PREFETCH_DEVICE uint32_t lane_index() { return threadIdx.x % 32; }
 /// A value that is the same in every lane, said so that the compiler knows it. It must know it of every branch that
@@ -102,16 +104,17 @@ FI_PREFETCH_DEVICE Request request_of(const DecodeParams& p, const TableRow& row
   return request;
 }
 
-/// The request of row `r`, or what plan() noted of it, so that all that a call does fits together; an empty one where
-/// `r` is beyond the batch.
+/// The request of row `r`; an empty one where `r` is beyond the batch.
 template <bool WINDOW>
 FI_PREFETCH_DEVICE Request load_request(const DecodeParams& p, uint32_t r) {
-  if (p.planned != nullptr) {
-    if (r >= static_cast<uint32_t>(p.table.batch_size)) return {0, 0, 0, 0};
-    const int4 noted = __ldcg(reinterpret_cast<const int4*>(p.planned_requests + r));
-    return {noted.x, noted.y, noted.z, static_cast<uint32_t>(noted.w)};
-  }
   return request_of<WINDOW>(p, load_row(p.table, r));
+}
+/// What plan() noted of it, so that all that a planned call does fits together. Without a branch: the load behind it
+/// would begin later than others that the same wait is for.
+FI_PREFETCH_DEVICE Request load_planned_request(const DecodeParams& p, uint32_t r) {
+  const bool exists = r < static_cast<uint32_t>(p.table.batch_size);
+  const int4 noted = __ldcg(reinterpret_cast<const int4*>(p.planned_requests + (exists ? r : 0)));
+  return {noted.x, noted.y, noted.z, exists ? static_cast<uint32_t>(noted.w) : 0};
 }
 
 /// Splits of at most `most_tiles` tiles that `tiles` tiles are cut into. A line of work is one of splits of every
@@ -181,11 +184,6 @@ class RequestScan {
     for (uint32_t group = 0; group < groups_; ++group) longest = max(longest, requests_[group * 32 + lane].tiles);
     total_ = __reduce_add_sync(kFullWarp, sum);
     longest_ = __reduce_max_sync(kFullWarp, longest);
-  }
-
-  /// In read()'s place where work was planned: no more than of_this_lane() tells.
-  FI_PREFETCH_DEVICE void read_planned(const DecodeParams& p) {
-    if constexpr (FEW_REQUESTS) request_ = load_request<WINDOW>(p, lane_index());
   }
 
   /// Whether changed() can tell: it compares what is still in registers, for the shared memory is soon in use.
@@ -342,7 +340,7 @@ FI_PREFETCH_DEVICE uint32_t default_min_tiles(uint32_t tiles, uint32_t blocks, u
                                               uint32_t tile_bytes) {
   const uint32_t workers = blocks * warps;
   const uint32_t least = 1u << floor_log2(max(longest_request / 128, 1u)) / 2;
-  if (tile_bytes < 8192 && tiles > workers) return min(least, 2u);
+  if (tile_bytes < kLargeTileBytes && tiles > workers) return min(least, 2u);
   const uint32_t piece = max(least, tiles > workers ? 2u : 1u);
   const bool nearly_all_work = tiles <= workers * piece && 4 * tiles > 3 * workers * piece;
   return piece <= 2 && nearly_all_work && longest_request > warps * piece ? 2 * piece : least;
@@ -393,10 +391,12 @@ FI_PREFETCH_DEVICE WholePieces whole_pieces(const DecodeParams& p, const Scan& s
 
 /// Whether neighbouring warps read neighbouring kv heads abreast, the same tokens of each at about the same time: rows
 /// that lie side by side in HBM. Each then meets others by itself, and so must have little to meet about: a piece is
-/// long, and holds two of the longest request and head.
-FI_PREFETCH_DEVICE bool reads_abreast(uint32_t tiles, uint32_t warps, uint32_t longest_request) {
+/// long, and holds two of the longest request and head. Of `whole_tiles`, which the tensor memory accelerator copies,
+/// half of one is enough: a block keeps its warps in step then (see the decode kernel), which gains more.
+FI_PREFETCH_DEVICE bool reads_abreast(uint32_t tiles, uint32_t warps, uint32_t longest_request, bool whole_tiles) {
   constexpr uint32_t kLongPiece = 32;
-  return tiles >= static_cast<uint64_t>(max(kLongPiece, 2 * longest_request)) * warps;
+  const uint32_t of_longest = whole_tiles ? longest_request / 2 : 2 * longest_request;
+  return tiles >= static_cast<uint64_t>(max(kLongPiece, of_longest)) * warps;
 }
 
 /// The cut for a grid of `blocks` blocks of `warps` warps, of the line that is the scan's from then on. Pieces are
@@ -412,7 +412,8 @@ FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, Scan& scan, uint32_t blo
                                  ? p.min_tiles_per_warp
                                  : default_min_tiles(tiles, blocks, warps, scan.longest(), tile_bytes);
   const uint32_t equal = scan.longest() * p.table.batch_size == scan.total() ? scan.longest() : 0;
-  const uint32_t log2 = reads_abreast(tiles, blocks * warps, scan.longest()) ? p.abreast_log2 : 0;
+  const uint32_t log2 =
+      reads_abreast(tiles, blocks * warps, scan.longest(), p.table.page_size % kTileTokens == 0) ? p.abreast_log2 : 0;
   // Blocks that work, or workers where these are parts of one or more blocks.
   const uint32_t most = log2 > 0 ? blocks * warps >> log2 : blocks, workers = log2 > 0 ? 1 : warps;
   const uint32_t of_a_block = tiles_of_a_block(tiles >> log2, most, workers, min_tiles, equal);
@@ -452,16 +453,16 @@ struct TileCursor {
 
   /// `tiles` on, but at most to the first tile of its next kv head or request. The caller knows that there is one.
   FI_PREFETCH_DEVICE void advance(const DecodeParams& p, uint32_t tiles = 1) {
-    if (leaves_request(p, tiles)) next_request(p);
+    if (leaves_request(p, tiles)) next_request(p, [&](uint32_t r) { return load_request<WINDOW>(p, r); });
   }
   /// The same where requests are few, and this lane has one.
   FI_PREFETCH_DEVICE void advance(const DecodeParams& p, uint32_t tiles, const Request& of_this_lane) {
-    if (!leaves_request(p, tiles)) return;
-    const bool follows = lane_index() > request_index && of_this_lane.tiles > 0;
-    const int hit = __ffs(__ballot_sync(kFullWarp, follows)) - 1;
-    if (hit < 0) return;  // a table that was still being written
-    request_index = hit;
-    request = of_this_lane.of_lane(hit);
+    if (leaves_request(p, tiles)) next_of_lanes(of_this_lane);  // if a table still being written has one
+  }
+  /// The same where work was planned, for as many requests as there are; of the first ones this lane has one.
+  FI_PREFETCH_DEVICE void advance_planned(const DecodeParams& p, uint32_t tiles, const Request& of_this_lane) {
+    if (!leaves_request(p, tiles) || next_of_lanes(of_this_lane)) return;
+    next_request(p, [&](uint32_t r) { return load_planned_request(p, r); });
   }
 
  private:
@@ -475,11 +476,22 @@ struct TileCursor {
     return true;
   }
 
+  /// To the next of the lanes' requests that has tiles; false where there is none.
+  FI_PREFETCH_DEVICE bool next_of_lanes(const Request& of_this_lane) {
+    const bool follows = lane_index() > request_index && of_this_lane.tiles > 0;
+    const int hit = __ffs(__ballot_sync(kFullWarp, follows)) - 1;
+    if (hit < 0) return false;
+    request_index = hit;
+    request = of_this_lane.of_lane(hit);
+    return true;
+  }
+
   /// To the next request that has tiles: 32 candidates a step, one a lane.
-  FI_PREFETCH_DEVICE void next_request(const DecodeParams& p) {
+  template <typename Load>
+  FI_PREFETCH_DEVICE void next_request(const DecodeParams& p, const Load& load) {
     const uint32_t batch_size = p.table.batch_size;
     for (uint32_t first = request_index + 1; first < batch_size; first += 32) {
-      const Request candidate = load_request<WINDOW>(p, first + lane_index());
+      const Request candidate = load(first + lane_index());
       const uint32_t with_tiles = __ballot_sync(kFullWarp, candidate.tiles > 0);
       if (with_tiles == 0) continue;
       const int hit = __ffs(with_tiles) - 1;

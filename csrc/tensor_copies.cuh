@@ -101,11 +101,22 @@ class TensorCopies {
     ++on_their_way_;
   }
 
-  /// Waits for the oldest tile that is on its way. `rows`: tokens that the request has from the tile's first on; there
-  /// is anything in the rows of V after those, and a product with 0 is not 0 for all of it.
-  template <int MOST>
-  FI_PREFETCH_DEVICE void wait(uint32_t, int32_t rows) {
-    static_assert(MOST == 1, "one barrier at a time");
+  /// Waits for the oldest `tiles` that are on their way. `rows`: tokens that the request has from the first one's first
+  /// on.
+  FI_PREFETCH_DEVICE void wait(uint32_t, uint32_t tiles, int32_t rows) {
+    wait_for_oldest(rows);
+    if (T::kTakesTwo && tiles == 2) wait_for_oldest(rows - kTileTokens);
+  }
+
+  /// Waits until no copy is on its way.
+  FI_PREFETCH_DEVICE void drain() {
+#pragma unroll 1
+    while (on_their_way_ > 0) wait_for_oldest(kTileTokens);
+  }
+
+ private:
+  /// There is anything in the rows of V after the request's, and a product with 0 is not 0 for all of it.
+  FI_PREFETCH_DEVICE void wait_for_oldest(int32_t rows) {
     const uint32_t barrier = barriers_ + oldest_ * sizeof(Run), parity = parities_ >> oldest_ & 1;
     while (!__all_sync(kFullWarp, ptx::barrier_passed(barrier, parity))) {
     }
@@ -116,13 +127,6 @@ class TensorCopies {
     --on_their_way_;
   }
 
-  /// Waits until no copy is on its way.
-  FI_PREFETCH_DEVICE void drain() {
-#pragma unroll 1
-    while (on_their_way_ > 0) wait<1>(0, kTileTokens);
-  }
-
- private:
   /// Of the stretch that `at` is in, the first token of this lane's tile.
   FI_PREFETCH_DEVICE static int32_t token_of_stretch(const TileCursor<T::kWindow>& at) {
     return at.request.first_token + static_cast<int32_t>((at.tile / kStretch * kStretch + lane_index()) * kTileTokens);

@@ -22,7 +22,8 @@ constexpr int kMostQueryRows = 16;
 /// Q, Kv, O: element types in memory. ROW_TILES: query rows of a kv head (group_size * q_len) in units of 8, the N of
 /// the tensor cores' product. WINDOW, SOFT_CAP and POSITION leave their arithmetic out where a model has none.
 template <typename Q_, typename Kv_, typename O_, int HEAD_DIM_, int ROW_TILES_, int STAGES_, bool WINDOW_,
-          bool SOFT_CAP_, Position POSITION_ = Position::kNone, bool FEW_REQUESTS_ = false, bool TENSOR_COPIES_ = false>
+          bool SOFT_CAP_, Position POSITION_ = Position::kNone, bool FEW_REQUESTS_ = false, bool TENSOR_COPIES_ = false,
+          bool PLANNED_ = false>
 struct DecodeTraits {
   using Q = Q_;
   using Kv = Kv_;
@@ -39,6 +40,10 @@ struct DecodeTraits {
   /// instructions, which come from HBM where other kernels' weights passed through L2 in between.
   static constexpr bool kFewRequests = FEW_REQUESTS_;
 
+  /// Whether plan() worked out what warps do (planned.cuh), for a batch of any size: the code that works it out is not
+  /// in the way of such a call either.
+  static constexpr bool kPlanned = PLANNED_;
+
   /// Whether tiles are copied whole (TensorCopies) and not row by row (RowCopies): where a tile's tokens are of one
   /// page.
   static constexpr bool kTensorCopies = TENSOR_COPIES_;
@@ -54,10 +59,9 @@ struct DecodeTraits {
   static constexpr int kRowBytes = kHeadDim * sizeof(Kv);     // of one token of one kv head
   static constexpr int kTileBytes = kTileTokens * kRowBytes;  // of K or of V
   static constexpr int kStageBytes = 2 * kTileBytes;
-  /// Whether a warp takes two tiles of a run together, where its ring holds so many that the others keep HBM busy: a
-  /// tile of few bytes costs more time in dependent instructions than on its way. Turned keys leave no registers for
-  /// it.
-  static constexpr bool kTakesTwo = kStages >= 6 && !kRope;
+  /// Whether a warp takes two tiles of a run together, where its ring holds as many more, which keep HBM busy: a tile
+  /// of few bytes costs more time in dependent instructions than on its way. Turned keys leave no registers for it.
+  static constexpr bool kTakesTwo = kStages >= 4 && !kRope;
   /// Tokens of a stretch of tiles whose page numbers a lane looks up: see KvPipeline. Two where there are registers for
   /// it, so that the ring is filled without a second trip to L2.
   static constexpr int kPagesPerLane = kRowTiles == 1 && !kRope ? 2 : 1;

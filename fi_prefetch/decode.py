@@ -309,11 +309,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
             return
         # What can fail comes first, so that a plan that fails leaves the one before it whole.
         self._set_page_table(indptr, indices, last_page_len, non_blocking)
-        self._adopt(decision)
-        self._set_plan_attributes(block_tables, **scales)
-        self._schedule()
-        if self._captured_flashinfer_spec is not None:
-            self._plan_flashinfer_beside(self._captured_flashinfer_spec)
+        self._adopt_ours(decision, block_tables, **scales)
 
     begin_forward = plan
     # FlashInfer 0.7's fast_decode_plan comes here for what its fast path has no kernel for.
@@ -428,6 +424,14 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         self._q_len_per_req = decision.spec.q_len_per_req
         if decision.choice.kernel == "flashinfer":
             _log_fallback(decision.choice.reason)
+
+    def _adopt_ours(self, decision: Decision, block_tables: torch.Tensor | None, **scales: float | None) -> None:
+        """The rest of a plan that our kernel serves, of the table in the buffers."""
+        self._adopt(decision)
+        self._set_plan_attributes(block_tables, **scales)
+        self._schedule()
+        if self._captured_flashinfer_spec is not None:
+            self._plan_flashinfer_beside(self._captured_flashinfer_spec)
 
     def _adopt_flashinfers(self, decision: Decision, *table: torch.Tensor, **arguments: Any) -> None:
         """Makes a plan of FlashInfer's the current one. If it fails there is none: FlashInfer writes into the buffers
@@ -579,11 +583,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_FlashInferWrapper):
         if decision.choice.kernel == "flashinfer":
             self._adopt_flashinfers(decision, indptr_host, *table[1:], **self._scales())
         else:
-            self._adopt(decision)
-            self._set_plan_attributes(None, **self._scales())
-            self._schedule()
-            if self._captured_flashinfer_spec is not None:
-                self._plan_flashinfer_beside(self._captured_flashinfer_spec)
+            self._adopt_ours(decision, None, **self._scales())
         return self._plan_info
 
     def _scales(self) -> dict[str, float | None]:

@@ -71,9 +71,10 @@ def most_abreast(warps: int, num_kv_heads: int) -> int:
     return abreast
 
 
-def reads_abreast(tiles: int, warps: int, longest_request: int) -> bool:
+def reads_abreast(tiles: int, warps: int, longest_request: int, page_size: int) -> bool:
     """Whether `warps` warps with `tiles` tiles to share read kv heads abreast."""
-    return tiles >= max(32, 2 * longest_request) * warps
+    of_longest = 2 * longest_request if page_size % TILE_TOKENS else longest_request // 2
+    return tiles >= max(32, of_longest) * warps
 
 
 def tiles_of_a_block(tiles: int, blocks: int, warps: int, min_tiles: int, equal: int = 0) -> int:
@@ -138,6 +139,7 @@ class Schedule:
         min_tiles_per_warp: with less than this to do for every warp, fewer blocks work; 0: the kernel chooses.
         q_len, window_left: as in the wrapper's plan.
         tile_bytes: K and V of a tile.
+        page_size: tokens of a page.
     """
 
     lengths: Sequence[int]
@@ -148,6 +150,7 @@ class Schedule:
     q_len: int = 1
     window_left: int = -1
     tile_bytes: int = LARGE_TILE
+    page_size: int = 1
 
     @cached_property
     def tiles(self) -> list[int]:
@@ -168,7 +171,7 @@ class Schedule:
     def abreast(self) -> int:
         """Kv heads that are read abreast, each by a warp of its own; a worker of the partition is so many warps."""
         warps = self.blocks * self.warps
-        if not reads_abreast(self.all_tiles, warps, self.longest):
+        if not reads_abreast(self.all_tiles, warps, self.longest, self.page_size):
             return 1
         return most_abreast(warps, self.num_kv_heads)
 

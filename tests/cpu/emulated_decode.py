@@ -24,10 +24,17 @@ SOURCE = r"""
 #include "prefetch_kv.cuh"
 #include "tensor_maps.cuh"
 using namespace fi_prefetch;
-template <bool FEW_REQUESTS, bool TENSOR_COPIES = false>
+template <bool FEW_REQUESTS, bool TENSOR_COPIES = false, bool PLANNED = false>
 using Traits = DecodeTraits<TEST_Q, TEST_KV, TEST_O, TEST_HEAD_DIM, TEST_ROW_TILES, TEST_STAGES, TEST_WINDOW,
-                            TEST_SOFT_CAP, Position{TEST_POSITION}, FEW_REQUESTS, TENSOR_COPIES>;
+                            TEST_SOFT_CAP, Position{TEST_POSITION}, FEW_REQUESTS, TENSOR_COPIES, PLANNED>;
 using T = Traits<false>;
+
+template <bool TENSOR_COPIES, typename Params>
+static const char* launch_decode(const emulator::Launch& launch, const Params& p) {
+  if (p.planned != nullptr) return emulator::launch(launch, decode_kernel<Traits<false, TENSOR_COPIES, true>>, p);
+  if (p.table.batch_size <= 32) return emulator::launch(launch, decode_kernel<Traits<true, TENSOR_COPIES>>, p);
+  return emulator::launch(launch, decode_kernel<Traits<false, TENSOR_COPIES>>, p);
+}
 
 static KvTensor tensor(const uint8_t* data, const int64_t* strides) {
   return {data, uint32_t(strides[0]), uint32_t(strides[1]), uint32_t(strides[2])};
@@ -63,21 +70,15 @@ EMULATOR_EXPORT const char* decode(const void* q, void* o, float* lse, const flo
                                    void (*dependencies_end)(), const void* planned) {
   DecodeParams p = params(q, o, lse, sinks, k, v, indptr, indices, last_page_len, partials, counters, n, x);
   p.planned = static_cast<const PlannedWork*>(planned);
-  p.planned_requests = reinterpret_cast<const Request*>(p.planned + blocks * warps);
+  if (planned) p.planned_requests = reinterpret_cast<const Request*>(p.planned + blocks * warps);
   uint32_t bytes = SharedMemory<T>::bytes(warps, p.group_size * p.q_len);
   const emulator::Launch launch{.grid = dim3(blocks), .block = dim3(32 * warps), .shared_bytes = bytes,
                                 .seed = uint64_t(seed), .resident_blocks = int(resident),
                                 .dependencies_end = dependencies_end};
-  const bool few = p.table.batch_size <= 32;
-  if constexpr (!T::kTakesTwo) {
-    TensorDecodeParams with_maps{p, {}};
-    if (n[27] != 0) {
-      if (!describe<T>(with_maps.maps, p)) return "the cache cannot be described for tensor copies";
-      return emulator::launch(launch, few ? decode_kernel<Traits<true, true>> : decode_kernel<Traits<false, true>>,
-                              with_maps);
-    }
-  }
-  return emulator::launch(launch, few ? decode_kernel<Traits<true>> : decode_kernel<T>, p);
+  if (n[27] == 0) return launch_decode<false>(launch, p);
+  TensorDecodeParams with_maps{p, {}};
+  if (!describe<T>(with_maps.maps, p)) return "the cache cannot be described for tensor copies";
+  return launch_decode<true>(launch, with_maps);
 }
 
 EMULATOR_EXPORT const char* schedule(const void* q, void* o, float* lse, const float* sinks, const uint8_t* k,
@@ -125,9 +126,8 @@ EMULATOR_EXPORT const char* prefetch_kv(const void* q, void* o, float* lse, cons
 
 
 def stage_count(head_dim: int, kv_dtype: torch.dtype) -> int:
-    """What csrc/decode.cu compiles: about 24 KB of ring a warp, or two large tiles."""
-    tile_bytes = 2 * 16 * head_dim * kv_dtype.itemsize
-    return 2 if tile_bytes >= 8192 else min(24576 // tile_bytes, 8)
+    """What csrc/decode.cu compiles: 16 KB of ring a warp, or two large tiles."""
+    return max(2, min(16384 // (2 * 16 * head_dim * kv_dtype.itemsize), 8))
 
 
 @dataclass
@@ -176,10 +176,8 @@ class Problem:
 
     @property
     def copies_tensors(self) -> bool:
-        """Where tiles can be copied whole, and a warp takes one at a time."""
-        stages = self.stages or stage_count(self.q.shape[2], self.k.dtype)
-        possible = self.k.shape[1] % 16 == 0 and (stages < 6 or self.position == "ROPE_LLAMA")
-        return possible if self.tensor_copies is None else self.tensor_copies
+        """Where tiles can be copied whole."""
+        return self.k.shape[1] % 16 == 0 if self.tensor_copies is None else self.tensor_copies
 
     @property
     def rows(self) -> int:

@@ -322,7 +322,9 @@ def abreast_problem(lengths, warps, log2, heads_kv, group=2, surely=True, **opti
     if surely:
         most = options.get("window_left", 1 << 20) + 32
         tiles = [-(-min(length, most) // 16) for length in lengths]
-        assert reads_abreast(sum(tiles) * heads_kv, options["blocks"] * warps, max(tiles)), "this would not test it"
+        assert reads_abreast(sum(tiles) * heads_kv, options["blocks"] * warps, max(tiles), options["page_size"]), (
+            "this would not test it"
+        )
     heads_q = heads_kv * group
     return make_problem(lengths, heads_q=heads_q, heads_kv=heads_kv, warps=warps, abreast_log2=log2, **options)
 

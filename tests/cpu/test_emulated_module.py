@@ -183,22 +183,35 @@ def test_window_op_launches_and_keeps_to_its_budget():
             assert 0 < asked <= budget
 
 
+LARGE = 64 << 20  # bytes of KV, from which on small tiles are copied whole, and those of planned work
+
+
 @pytest.mark.parametrize(
-    ("tensor_copies", "options"),
+    ("tensor_copies", "table_bytes", "ready", "options"),
     [
-        (True, {"page_size": 16}),
-        (True, {"page_size": 48, "kv_layout": "HND"}),
-        (False, {"page_size": 8}),
-        (False, {"page_size": 24}),
-        (False, {"page_size": 16, "kv_dtype": E4M3}),
-        (False, {"page_size": 16, "head_dim": 64}),
-        (False, {"page_size": 16, "num_qo_heads": 18}),
+        (True, 0, "nothing", {"page_size": 16}),
+        (True, 0, "nothing", {"page_size": 48, "kv_layout": "HND"}),
+        (False, LARGE, "nothing", {"page_size": 8}),
+        (False, LARGE, "nothing", {"page_size": 24}),
+        (False, 0, "plan", {"page_size": 16}),
+        (False, LARGE - 1, "plan", {"page_size": 16}),
+        (True, LARGE, "plan", {"page_size": 16}),
+        (False, LARGE - 1, "nothing", {"page_size": 16, "kv_dtype": E4M3}),
+        (True, LARGE, "nothing", {"page_size": 16, "kv_dtype": E4M3}),
+        (True, LARGE, "plan", {"page_size": 16, "kv_dtype": E4M3}),
+        (False, LARGE - 1, "nothing", {"page_size": 16, "head_dim": 64}),
+        (True, LARGE, "nothing", {"page_size": 16, "head_dim": 64}),
+        (False, LARGE, "nothing", {"page_size": 16, "num_qo_heads": 18}),
     ],
 )
-def test_tiles_are_copied_whole_where_that_is_faster(tensor_copies, options):
+def test_tiles_are_copied_whole_where_that_is_faster(tensor_copies, table_bytes, ready, options):
     options = {"head_dim": 128, "num_kv_heads": 2, "num_qo_heads": 8, "kv_layout": "NHD", **options}
     batch = make_batch([40, 1, 0, 130], dtype=BF16, **options)
-    wrapper = assert_wrapper_is_right(batch, options["kv_layout"])
+    # Pages that the table lists beyond its last request's: as many as make it name so much KV.
+    listed = table_bytes // (batch.cache[0].numel() * batch.cache.element_size())
+    unused = batch.indices.new_zeros(max(listed - len(batch.indices), 0))
+    batch.indices = torch.cat([batch.indices, unused])
+    wrapper = assert_wrapper_is_right(batch, options["kv_layout"], ready=ready)
     path = str(emulated_module.compiled(wrapper._decision.spec.variant()))
     counts = emulator.statistics(ctypes.CDLL(path))
     assert (counts["copies"] > 0, counts["tensor_copies"] > 0) == (not tensor_copies, tensor_copies)

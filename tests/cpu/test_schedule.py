@@ -124,22 +124,24 @@ def test_pieces_are_whole_where_requests_differ_and_are_few():
     assert split_tiles([100, 200, 300]) == 1, "one tile a warp"
 
 
+@pytest.mark.parametrize("page_size", [8, 16])
 @pytest.mark.parametrize("window_left", [-1, 40])
 @pytest.mark.parametrize(
     "lengths",
     [
         [500], [40, 0, 333, 16, 1], [64] * 12, [80] * 5, [400] * 22, [300, 1, 200] * 16,
-        [700, 90, 0, 210], [1200, 30, 330, 16],
+        [700, 90, 0, 210], [1200, 30, 330, 16], [2000, 900, 2000, 2000],
     ],
 )  # fmt: skip
-def test_the_kernel_cuts_where_the_host_does(lengths, window_left):
+def test_the_kernel_cuts_where_the_host_does(lengths, window_left, page_size):
     heads, blocks, warps = 4, 5, 4
     problem = emulated.make_problem(
-        lengths, heads_q=8, heads_kv=heads, page_size=16, blocks=blocks, warps=warps, window_left=window_left,
+        lengths, heads_q=8, heads_kv=heads, page_size=page_size, blocks=blocks, warps=warps, window_left=window_left,
         abreast_log2=2,
     )  # fmt: skip
-    schedule = Schedule(lengths, heads, blocks, warps, problem.min_tiles, window_left=window_left)
-    assert (schedule.abreast == 4) == (len(lengths) > 15 and window_left < 0)
+    schedule = Schedule(lengths, heads, blocks, warps, problem.min_tiles, window_left=window_left, page_size=page_size)
+    long = len(lengths) > 15 or (min(lengths) >= 900 and page_size == 16)  # half of a request and head, or two
+    assert (schedule.abreast == 4) == (long and window_left < 0)
     assert cuts_as(schedule, problem)
 
 

@@ -47,7 +47,8 @@ LOG2E = math.log2(math.e)
 class Case:
     """What to decode. `storage`: how K and V lie in memory; `order`: which pages the requests hold; `split`: by the
     batch-invariant kernel, cut after so many pages, or not at all (WHOLE); 0: by the decode kernel. `blocks`: of the
-    grid, where little KV is to make long pieces; 0: as planned."""
+    grid, where little KV is to make long pieces; 0: as planned. `listed`: megabytes of KV that the page table names at
+    least, with pages that no request holds: of 64 on the kernel copies small tiles whole."""
 
     lens: tuple[int, ...] = (100, 37, 64)
     heads: tuple[int, int] = (8, 2)
@@ -69,6 +70,7 @@ class Case:
     sm_scale: float | None = None
     split: int = 0
     blocks: int = 0
+    listed: int = 0
     seed: int = 0
 
     def __str__(self) -> str:
@@ -80,6 +82,11 @@ class Case:
             if value != default:
                 parts.append(f"{name}{value}".replace(" ", ""))
         return "-".join(parts)
+
+    @property
+    def unheld_pages(self) -> int:
+        """Page numbers that `listed` adds to the page table, none of them a request's."""
+        return -(-(self.listed << 20) // (2 * self.page * self.heads[1] * self.dim * DTYPES[self.kv].itemsize))
 
 
 _OPTIONAL = (
@@ -94,6 +101,7 @@ _OPTIONAL = (
     ("sm_scale", None),
     ("split", 0),
     ("blocks", 0),
+    ("listed", 0),
     ("seed", 0),
 )
 WHOLE = -1
@@ -232,7 +240,7 @@ def build(case: Case, device: torch.device = DEVICE) -> Inputs:
         cache=cache,
         lens=list(case.lens),
         indptr=indptr.to(device),
-        indices=indices.to(device),
+        indices=torch.cat([indices, indices.new_zeros(case.unheld_pages)]).to(device),
         last_page_len=last_page_len.to(device),
         sinks=sinks,
         unused=(holders == 0).to(device),

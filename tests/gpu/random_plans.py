@@ -68,7 +68,7 @@ FLASHINFER_COMPILED = (
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan fixes beside the page table. `split`, `blocks`: as of a Case."""
+    """What a plan fixes beside the page table. `split`, `blocks`, `listed`: as of a Case."""
 
     compiled: tuple[str, str, str, int, bool, bool] = ("bf16", "bf16", "bf16", 128, False, False)
     heads_kv: int = 2
@@ -82,6 +82,7 @@ class Shape:
     sm_scale: float | None = None
     split: int = 0
     blocks: int = 0
+    listed: int = 0
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ def case_of(step: Step, shape: Shape, budget: int) -> Case:
         sm_scale=shape.sm_scale,
         split=shape.split,
         blocks=shape.blocks,
+        listed=shape.listed,
         seed=step.seed,
     )
 
@@ -217,6 +219,8 @@ def shapes(draw: st.DrawFn) -> Shape:
         sm_scale=draw(st.sampled_from((None, None, 0.02, 0.3))),
         split=split,
         blocks=draw(st.sampled_from((0, 0, 0, 0, 1, 3))),
+        # Workspace for every split that a table could have would be too much of it.
+        listed=0 if split else draw(st.sampled_from((0, 0, 64))),
     )
 
 
@@ -319,6 +323,7 @@ class Memory:
         """The case's tensors, its values written into this memory."""
         table = page_table(case, self.num_pages)
         indptr, indices, last_page_len, held = (torch.from_numpy(part).to(self.device) for part in table)
+        indices = torch.cat([indices, indices.new_zeros(case.unheld_pages)])
         for number, view in ((1, self.k), (2, self.v)):
             generator = torch.Generator(self.device).manual_seed(4 * case.seed + number)
             values = torch.randn(self.shape, generator=generator, device=self.device)
@@ -509,7 +514,7 @@ class _Life:
             options |= {
                 "use_cuda_graph": True,
                 "paged_kv_indptr_buffer": buffer(batch + 1),
-                "paged_kv_indices_buffer": buffer(self.memory.num_pages),
+                "paged_kv_indices_buffer": buffer(self.memory.num_pages + self.cases[0].unheld_pages),
                 "paged_kv_last_page_len_buffer": buffer(batch),
             }
         self.wrapper = fi_prefetch.BatchDecodeWithPagedKVCacheWrapper(self.workspace.tensor, layout, **options)

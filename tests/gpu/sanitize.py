@@ -65,6 +65,16 @@ def cases() -> list[tuple[Case, dict[str, str]]]:
             (8, 2, "bf16", 256),
         )
     ]
+    # Small tiles, copied whole; and by warps that read eight heads abreast in step.
+    plain += [
+        Case(lens=lens, q=q, kv=kv, dim=dim, page=page, blocks=blocks, listed=64)
+        for q, kv, dim in (("bf16", "e4m3", 128), ("f16", "e5m2", 64), ("bf16", "bf16", 64))
+        for lens, page, blocks in (((1, 0, 40, 300), 16, 0), ((20,) * 40, 48, 0))
+    ]
+    plain += [
+        Case(lens=(300, 450, 0, 20, 500, 380), heads=(16, 8), kv=kv, page=16, blocks=2, listed=64)
+        for kv in ("bf16", "e4m3")
+    ]
     # The batch-invariant kernel: one split, several, more than are merged in one go, and a table in shared memory.
     splits = (Case(lens=(700, 3, 0, 64)), Case(lens=(1700, 90), kv="e4m3"), Case(lens=(20,) * 40, heads=(24, 2)))
     plain += [dataclasses.replace(case, page=1, split=split) for case in splits for split in (WHOLE, 33, 256)]
@@ -101,7 +111,11 @@ def cases() -> list[tuple[Case, dict[str, str]]]:
         )
         for ready in ("nothing", "page_table", "all_but_last_token", "plan")
     ]
-    watched = (Case(lens=(700, 3, 0, 64), page=1), Case(lens=(700, 64), page=64, layout="HND", kv="e4m3"))
+    watched = (
+        Case(lens=(700, 3, 0, 64), page=1),
+        Case(lens=(700, 64), page=64, layout="HND", kv="e4m3"),
+        Case(lens=(700, 64), page=64, layout="HND", kv="e4m3", listed=64),
+    )
     return [(case, {}) for case in plain] + [(case, options) for case in watched for options in levers]
 
 

@@ -42,7 +42,17 @@ def test_group_sizes(case: Case) -> None:
 
 @over(
     [
-        Case(lens=lens, heads=(group * heads, heads), q=q, kv=kv, dim=dim, page=page, blocks=blocks, **options)
+        Case(
+            lens=lens,
+            heads=(group * heads, heads),
+            q=q,
+            kv=kv,
+            dim=dim,
+            page=page,
+            blocks=blocks,
+            listed=listed,
+            **options,
+        )
         for lens, heads, group, blocks in (
             ((900,) * 12, 8, 4, 4),
             ((900,) * 12, 32, 1, 12),
@@ -50,12 +60,19 @@ def test_group_sizes(case: Case) -> None:
             ((40,) * 200, 4, 9, 2),
             ((600,) * 40, 32, 1, 0),
         )
-        for q, kv, dim, page in (("bf16", "bf16", 128, 16), ("f16", "f16", 64, 1), ("bf16", "e4m3", 128, 64))
+        for q, kv, dim, page, listed in (
+            ("bf16", "bf16", 128, 16, 0),
+            ("f16", "f16", 64, 1, 0),
+            ("f16", "f16", 64, 16, 64),
+            ("bf16", "e4m3", 128, 64, 0),
+            ("bf16", "e4m3", 128, 64, 64),
+        )
         for options in ({}, {"window": 333, "sinks": True} if q == kv == "bf16" else {"layout": "HND"})
     ]
 )
 def test_heads_abreast(case: Case) -> None:
-    """Pieces so long that neighbouring warps read neighbouring kv heads, and each meets others by itself."""
+    """Pieces so long that neighbouring warps read neighbouring kv heads, and each meets others by itself; where tiles
+    are copied whole, a block's eight keep step."""
     check(case)
 
 
