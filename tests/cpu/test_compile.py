@@ -110,8 +110,8 @@ ROW_TILES = (1, 2)
 # with the first its scores. The few bytes at 128 dimensions are read back once or a few times in all of the code.
 MAX_SPILLED_BYTES = {
     "NONE": {(128, 2): 56, (256, 1): 8, (256, 2): 536},
-    "ALIBI": {(128, 2): 56, (256, 1): 8, (256, 2): 504},
-    "ROPE_LLAMA": {(128, 2): 80, (256, 1): 64, (256, 2): 680},
+    "ALIBI": {(128, 2): 64, (256, 1): 8, (256, 2): 504},
+    "ROPE_LLAMA": {(128, 2): 80, (256, 1): 64, (256, 2): 704},
 }
 # The same of the batch-invariant kernel, whose loop over splits keeps its own beside the 32 rows that a merge has on
 # their way; and before Hopper, for which it is not tuned.
@@ -363,8 +363,11 @@ def test_instructions(case):
             assert kernel.count("UTMACCTL", "PF") == 2, "prefetch of the tensors' descriptions"
             assert kernel.count("ELECT") > 0, "one lane of a warp that the compiler knows to be converged"
             assert kernel.count("SYNCS", "ARRIVE") > 0 and kernel.count("SYNCS", "PHASECHK") > 0, "barriers of copies"
-            # Behind the barriers' making, the zeros after a request's last token, and the scan that lay in the ring.
-            assert kernel.count("FENCE", "VIEW", "ASYNC") == (2 if size.few_requests else 3)
+            # Behind the barriers' making, the zeros after a request's last token (once for each of the tiles that are
+            # taken together), and the scan that lay in the ring.
+            together = 2 if case.variant.head_dim * case.variant.dtype_kv.itemsize < 256 else 1
+            scans_in_ring = not (size.few_requests or size.planned)
+            assert kernel.count("FENCE", "VIEW", "ASYNC") == 1 + together + scans_in_ring
         else:
             assert kernel.count("LDGSTS", "BYPASS") > 0, "16-byte copies to shared memory that leave L1 out"
             assert kernel.count("LDGDEPBAR") > 0 and kernel.count("DEPBAR") > 0, "groups of copies"
@@ -487,7 +490,7 @@ def test_the_default_launch_fits_and_keeps_hbm_busy(variant, rows):
     plan = list(emulated_module.load(variant).plan(workspace, empty, empty, empty, *numbers, empty, empty))
     warps, shared_bytes, stages = plan[1], plan[2], plan[7]
     assert shared_bytes <= 227 * 1024
-    assert warps == (8 if (head_dim, rows) != (256, 16) else 4)
+    assert warps == (8 if head_dim < 256 else 4)
     tile_bytes = 2 * 16 * head_dim * variant.dtype_kv.itemsize
     # On its way while one tile a warp is computed on; twice an H200's share of HBM at 1 us.
     assert warps * (stages - 1) * tile_bytes >= 64 << 10
