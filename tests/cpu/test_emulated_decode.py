@@ -335,6 +335,32 @@ def test_heads_abreast(lengths, warps, log2, heads_kv):
     assert_right(abreast_problem(lengths, warps, log2, heads_kv))
 
 
+@pytest.mark.parametrize(
+    ("warps", "log2", "options", "tiles_a_barrier"),
+    [
+        (4, 2, {}, 4),
+        (4, 2, {"kv_dtype": E4M3}, 8),
+        (2, 2, {}, 4),
+        (4, 1, {}, 0),  # two pieces in a block
+        (6, 1, {}, 0),
+        (4, 2, {"tensor_copies": False}, 0),
+    ],
+)
+def test_warps_abreast_keep_step_where_tiles_are_copied_whole(warps, log2, options, tiles_a_barrier):
+    """All warps of a block read the same tokens then, at most so many tiles apart."""
+    lengths, blocks = [500] * 13, 4
+    problem = abreast_problem(lengths, warps, log2, 4, blocks=blocks, **options)
+    barriers = emulated.emulator.statistics(emulated.run(problem)[2])["barriers"]
+    if tiles_a_barrier == 0:
+        assert barriers == 0
+        return
+    line, workers = 4 * 32 * len(lengths) >> log2, blocks * warps >> log2
+    pieces = [line * (j + 1) // workers - line * j // workers for j in range(workers)]
+    a_piece = (1 << log2) // warps  # blocks
+    assert barriers >= a_piece * sum(piece // tiles_a_barrier for piece in pieces)
+    assert barriers <= a_piece * sum(-(-piece // tiles_a_barrier) + len(lengths) for piece in pieces)
+
+
 @pytest.mark.parametrize("group", [1, 4, 9, 16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_heads_abreast_of_every_shape(group, head_dim):
