@@ -16,8 +16,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 TILE_TOKENS = 16
-# Bytes of K and V: of 16-bit numbers in 128 dimensions. A warp's ring holds two of these, and more of smaller ones.
+# Bytes of K and V: of 16-bit numbers in 128 dimensions.
 LARGE_TILE = 8 << 10
+# What csrc/decode.cu gives a warp's pipeline, but for larger tiles.
+RING_BYTES = 16 << 10
+
+
+def ring_tiles(tile_bytes: int) -> int:
+    """Tiles of `tile_bytes` (K and V) that a warp's pipeline holds: `stage_count` in csrc/decode.cu."""
+    return max(2, min(RING_BYTES // tile_bytes, 8))
 
 
 def request_tiles(length: int, q_len: int = 1, window_left: int = -1) -> int:

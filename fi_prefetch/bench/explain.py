@@ -11,15 +11,13 @@ from fi_prefetch import dispatch
 from fi_prefetch.device import GpuFacts, describe
 from fi_prefetch.dispatch import DecodeSpec, KernelChoice
 from fi_prefetch.prefetch import LaunchFacts, PrefetchPlan, PrefetchPolicy, resolve, stretch_tiles
-from fi_prefetch.schedule import TILE_TOKENS, Schedule
-from fi_prefetch.tune import grid_for, rules_for
+from fi_prefetch.schedule import TILE_TOKENS, Schedule, ring_tiles
+from fi_prefetch.tune import Grid, grid_for, rules_for
 
 from .environment import require_gpu
 from .estimate import GPUS
 from .shapes import Shape
 
-# What csrc/decode.cu gives a warp's pipeline; the GPU's own answer replaces it where there is one.
-RING_BYTES = 16 << 10
 HOPPER_SM_COUNT = {"h100": 132, "h200": 132, "h20": 78}
 HOPPER_L2_BYTES = 50 << 20
 
@@ -69,16 +67,20 @@ def explain_here(shape: Shape, policy: PrefetchPolicy, ready: str) -> Explanatio
     launch = levers.facts
     # The least work of a warp goes to the kernel with the grid, from the same table, and is not among the facts.
     grid = grid_for(rules_for(require_gpu().key), launch.kv_bytes)
-    schedule = Schedule(
+    schedule = _schedule(shape, grid, launch.blocks, launch.warps, launch.tile_bytes)
+    return Explanation(wrapper.kernel_choice, schedule, levers, assumed=False)
+
+
+def _schedule(shape: Shape, grid: Grid, blocks: int, warps: int, tile_bytes: int) -> Schedule:
+    return Schedule(
         shape.lengths,
         shape.heads_kv,
-        launch.blocks,
-        launch.warps,
+        blocks,
+        warps,
         grid.min_tiles_per_warp,
-        tile_bytes=launch.tile_bytes,
+        tile_bytes=tile_bytes,
         page_size=shape.page_size,
     )
-    return Explanation(wrapper.kernel_choice, schedule, levers, assumed=False)
 
 
 def kernel_choice(shape: Shape, facts: GpuFacts) -> KernelChoice:
@@ -102,21 +104,13 @@ def explain(shape: Shape, facts: GpuFacts, policy: PrefetchPolicy, ready: str) -
     grid = grid_for(rules_for(facts.key), shape.kv_bytes)
     blocks, warps = facts.sm_count * grid.blocks_per_sm, grid.warps
     tile_bytes = TILE_TOKENS * shape.token_bytes // shape.heads_kv
-    schedule = Schedule(
-        shape.lengths,
-        shape.heads_kv,
-        blocks,
-        warps,
-        grid.min_tiles_per_warp,
-        tile_bytes=tile_bytes,
-        page_size=shape.page_size,
-    )
+    schedule = _schedule(shape, grid, blocks, warps, tile_bytes)
     if choice.kernel != "fi_prefetch":
         return Explanation(choice, schedule, None, assumed=True)
     launch = LaunchFacts(
         blocks=blocks,
         warps=warps,
-        stages=max(2, min(RING_BYTES // tile_bytes, 8)),
+        stages=ring_tiles(tile_bytes),
         tile_bytes=tile_bytes,
         kv_bytes=shape.kv_bytes,
         l2_bytes=facts.l2_bytes,

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from emulator import build as emulator
 
+from fi_prefetch.schedule import TILE_TOKENS, ring_tiles
+
 LOG2E = math.log2(math.e)
 WHOLE_REQUEST = 1 << 28  # tiles of a split: no request has more
 CUDA_TYPES = {
@@ -126,8 +128,8 @@ EMULATOR_EXPORT const char* prefetch_kv(const void* q, void* o, float* lse, cons
 
 
 def stage_count(head_dim: int, kv_dtype: torch.dtype) -> int:
-    """What csrc/decode.cu compiles: 16 KB of ring a warp, or two large tiles."""
-    return max(2, min(16384 // (2 * 16 * head_dim * kv_dtype.itemsize), 8))
+    """What csrc/decode.cu compiles."""
+    return ring_tiles(2 * TILE_TOKENS * head_dim * kv_dtype.itemsize)
 
 
 @dataclass

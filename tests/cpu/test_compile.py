@@ -21,6 +21,7 @@ from machine_code import Kernel, kernels
 from tvm_ffi import libinfo
 
 from fi_prefetch import jit
+from fi_prefetch.schedule import ring_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
@@ -492,5 +493,6 @@ def test_the_default_launch_fits_and_keeps_hbm_busy(variant, rows):
     assert shared_bytes <= 227 * 1024
     assert warps == (8 if head_dim < 256 else 4)
     tile_bytes = 2 * 16 * head_dim * variant.dtype_kv.itemsize
+    assert stages == ring_tiles(tile_bytes)
     # On its way while one tile a warp is computed on; twice an H200's share of HBM at 1 us.
     assert warps * (stages - 1) * tile_bytes >= 64 << 10

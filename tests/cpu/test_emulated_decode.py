@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_prefetch.prefetch import stretch_tiles
-from fi_prefetch.schedule import reads_abreast
+from fi_prefetch.schedule import Partition, reads_abreast
 
 BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -110,8 +110,8 @@ def test_lengths_that_change_after_the_plan_change_nothing(lengths):
 @pytest.mark.parametrize("page_size", [1, 16], ids=["rows", "tiles"])
 @pytest.mark.parametrize("plans, kv_dtype", [(False, None), (True, None), (True, torch.float8_e4m3fn)])
 def test_dependents_of_a_planned_call_start_when_all_its_copies_have(plans, kv_dtype, page_size):
-    """Else what they prefetch is in the way of these. A ring of fp8 tiles is filled at once, and they may start with
-    it; so they may where the next call has a schedule to make first."""
+    """Else what they prefetch is in the way of these. Of fp8 tiles it makes no difference, and they may start at once;
+    so they may where the next call has a schedule to make first."""
     problem = make_problem(
         [700, 40, 90], heads_q=8, heads_kv=2, page_size=page_size, kv_dtype=kv_dtype, levers=(0, 1, 0, 3, 1),
         plans=plans,
@@ -354,8 +354,8 @@ def test_warps_abreast_keep_step_where_tiles_are_copied_whole(warps, log2, optio
     if tiles_a_barrier == 0:
         assert barriers == 0
         return
-    line, workers = 4 * 32 * len(lengths) >> log2, blocks * warps >> log2
-    pieces = [line * (j + 1) // workers - line * j // workers for j in range(workers)]
+    cut = Partition(4 * 32 * len(lengths) >> log2, blocks * warps >> log2)
+    pieces = [cut.begin(j + 1) - cut.begin(j) for j in range(cut.workers)]
     a_piece = (1 << log2) // warps  # blocks
     assert barriers >= a_piece * sum(piece // tiles_a_barrier for piece in pieces)
     assert barriers <= a_piece * sum(-(-piece // tiles_a_barrier) + len(lengths) for piece in pieces)
