@@ -892,7 +892,14 @@ def report(result: Path, plots: Path | None) -> None:
 
 @main.command()
 @shape_options
-@click.option("--policy", default="auto", show_default=True, help="Our policy beside `off`.")
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    help="Our policy beside `off`. Repeatable.",
+)
 @click.option(
     "--kernel",
     "kernels",
@@ -905,7 +912,11 @@ def report(result: Path, plots: Path | None) -> None:
 @click.option("--budget-seconds", type=POSITIVE, help="Start on no further shape after this.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write a result file too.")
 def profile(
-    policy: str, kernels: tuple[str, ...], budget_seconds: float | None, output: Path | None, **options: Any
+    policies: tuple[str, ...],
+    kernels: tuple[str, ...],
+    budget_seconds: float | None,
+    output: Path | None,
+    **options: Any,
 ) -> None:
     """Hardware counters of a call, with prefetch off and on, read by Nsight Compute (ncu)."""
     from .bench import environment
@@ -914,7 +925,8 @@ def profile(
     from .prefetch import PrefetchPolicy
 
     with one_line(ValueError):
-        PrefetchPolicy.of(policy)
+        for policy in policies:
+            PrefetchPolicy.of(policy)
     shapes, whole_grid = shapes_from(options)
     if whole_grid:
         raise click.UsageError("name shapes, with --heads and --lens, or --model, --batch and --context")
@@ -922,7 +934,7 @@ def profile(
         profiler_path()
         require_gpu()
         with console.status(f"profiling {len(shapes)} shapes"):
-            rows, complete = profile_calls(shapes, kernels, policy, budget_seconds)
+            rows, complete = profile_calls(shapes, kernels, policies, budget_seconds)
     content = {**environment.header(), "complete": complete, "rows": rows}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -102,20 +102,21 @@ def command(ncu: str, request: Path, answer: Path) -> list[str]:
     ]
 
 
-def calls_of(kernels: Sequence[str], policy: str) -> list[tuple[str, str, str]]:
-    """Name, kernel and policy of the calls to make on a shape: each kernel without prefetch and with."""
+def calls_of(kernels: Sequence[str], policies: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Name, kernel and policy of the calls to make on a shape: each kernel without prefetch and with, ours with each of
+    `policies`."""
     calls = []
     for kernel in kernels:
         if kernel == "fa3":  # has none
             calls.append((kernel, kernel, "off"))
         else:
-            on = policy if kernel == "fi_prefetch" else "on"
-            calls += [(f"{kernel} off", kernel, "off"), (f"{kernel} {on}", kernel, on)]
+            settings = dict.fromkeys(("off", *(policies if kernel == "fi_prefetch" else ("on",))))
+            calls += [(f"{kernel} {setting}", kernel, setting) for setting in settings]
     return calls
 
 
 def profile(
-    shapes: Sequence[Shape], kernels: Sequence[str], policy: str, budget_seconds: float | None
+    shapes: Sequence[Shape], kernels: Sequence[str], policies: Sequence[str], budget_seconds: float | None
 ) -> tuple[list[dict[str, Any]], bool]:
     """The rows of some shapes, and whether they are all.
 
@@ -123,7 +124,7 @@ def profile(
     """
     request = {
         "shapes": [shape.to_row() for shape in shapes],
-        "calls": calls_of(kernels, policy),
+        "calls": calls_of(kernels, policies),
         "budget_seconds": budget_seconds,
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -1128,8 +1128,9 @@ def test_the_profiler_is_asked_for_every_column() -> None:
 
 
 def test_every_kernel_is_profiled_without_prefetch_and_with() -> None:
-    assert profile.calls_of(("fi_prefetch", "paper", "fa3"), "paper") == [
+    assert profile.calls_of(("fi_prefetch", "paper", "fa3"), ("auto", "paper")) == [
         ("fi_prefetch off", "fi_prefetch", "off"),
+        ("fi_prefetch auto", "fi_prefetch", "auto"),
         ("fi_prefetch paper", "fi_prefetch", "paper"),
         ("paper off", "paper", "off"),
         ("paper on", "paper", "on"),

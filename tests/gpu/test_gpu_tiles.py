@@ -17,12 +17,18 @@ LENGTHS = ((1, 0, 40, 300, 2000), (77, 0, 16) * 20)
 OPTIONS = ({}, {"layout": "HND", "storage": "one"}, {"heads": (16, 2)}, {"heads": (3, 1)}, {"page": 48})
 
 
-@pytest.mark.parametrize("ready", ["nothing", "page_table", "plan"])
+# Large tiles are copied whole however much KV there may be, but for planned work.
+WAYS = (
+    *itertools.product(SMALL_TILES, ("nothing", "page_table", "plan")),
+    *itertools.product(LARGE_TILES, ("plan",)),
+)
+
+
 @pytest.mark.parametrize(
-    "case",
+    ("case", "ready"),
     [
-        Case(lens=lens, q=q, kv=kv, dim=dim, **options)
-        for (q, kv, dim), lens, options in itertools.product(SMALL_TILES + LARGE_TILES, LENGTHS, OPTIONS)
+        (Case(lens=lens, q=q, kv=kv, dim=dim, **options), ready)
+        for ((q, kv, dim), ready), lens, options in itertools.product(WAYS, LENGTHS, OPTIONS)
     ],
     ids=str,
 )
