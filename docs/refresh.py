@@ -70,10 +70,17 @@ def on_every_gpu(stem: str) -> str:
         path = folder / f"{stem}.json"
         if path.exists():
             result = load(path)
-            origin = f"{path.relative_to(ROOT).as_posix()}`, commit `{(result['commit'] or 'unknown')[:12]}`"
+            origin = f"{path.relative_to(ROOT).as_posix()}`, {commits(result)}"
             stopped = "" if result["complete"] else ", stopped before its end"
             parts.append(f"On an {result['gpu']} (`{origin}{stopped}):\n\n{show(folder, result)}\n")
     return ("".join(parts) or f"This has not been measured yet (`{command}`).\n\n") + "<!-- end -->\n"
+
+
+def commits(result: dict[str, Any]) -> str:
+    """The commits that a result file was measured at: its rows' where they name their own, else the file's."""
+    of_rows = dict.fromkeys(row["commit"] for row in result.get("rows", []) if row.get("commit"))
+    names = [f"`{commit[:12]}`" for commit in of_rows or [result["commit"] or "unknown"]]
+    return f"commit {names[0]}" if len(names) == 1 else f"rows of the commits {', '.join(names)}"
 
 
 def shown_map(folder: Path, result: dict[str, Any]) -> str:
@@ -120,7 +127,7 @@ def performance() -> str:
 def section(folder: Path, stem: str, result: dict[str, Any]) -> list[str]:
     """What the performance page says of one result file."""
     path = (folder / f"{stem}.json").relative_to(ROOT).as_posix()
-    facts = [f"commit `{(result['commit'] or 'unknown')[:12]}`", f"PyTorch {result['torch']}"]
+    facts = [commits(result), f"PyTorch {result['torch']}"]
     facts += [f"FlashInfer {result['flashinfer']}", f"driver {result['driver']}"]
     if "sglang" in result:
         facts.append(f"SGLang {result['sglang']}")

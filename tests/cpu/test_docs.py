@@ -77,6 +77,20 @@ def test_a_stretch_shows_what_was_measured_on_every_gpu_or_that_nothing_was(
     assert refresh.with_tables(made) == made
 
 
+@pytest.mark.parametrize(
+    ("of_file", "of_rows", "said"),
+    [
+        ("a" * 40, [None, None], f"commit `{'a' * 12}`"),
+        ("a" * 40, ["b" * 40, "b" * 40], f"commit `{'b' * 12}`"),
+        ("a" * 40, ["b" * 40, "a" * 40, "b" * 40], f"rows of the commits `{'b' * 12}`, `{'a' * 12}`"),
+        (None, [], "commit `unknown`"),
+    ],
+)
+def test_a_result_file_is_of_the_commits_of_its_rows(of_file: str | None, of_rows: list[str | None], said: str) -> None:
+    rows = [{"commit": commit} if commit else {} for commit in of_rows]
+    assert refresh.commits({"commit": of_file, "rows": rows}) == said
+
+
 def test_the_performance_page_is_that_of_the_result_files() -> None:
     text = refresh.PERFORMANCE.read_text()
     assert refresh.performance() == text, AGAIN
