@@ -347,9 +347,10 @@ void set_table(DecodeParams& p, const TensorView& indptr, const TensorView& indi
   check_vector<int32_t>(indptr, "paged_kv_indptr", batch_size + 1, device);
   check_vector<int32_t>(indices, "paged_kv_indices", 0, device);
   const int64_t num_indices = indices.size(0);
-  // Positions on the line of tiles are 32-bit numbers; the page table can name no more tiles than this.
+  // Positions on the line of tiles are 32-bit numbers; the page table can name no more tiles, and gaps, than this.
+  const double of_a_request = 1.0 + longest_gap(AnyTraits::kStageBytes);
   const double tiles =
-      (static_cast<double>(num_indices) * page_size / kTileTokens + static_cast<double>(batch_size)) * num_kv_heads;
+      (static_cast<double>(num_indices) * page_size / kTileTokens + of_a_request * batch_size) * num_kv_heads;
   FI_PREFETCH_CHECK(tiles < 4294967296.0 && num_indices <= std::numeric_limits<int32_t>::max(), ValueError)
       << "paged_kv_indices: " << num_indices << " pages of " << page_size << " tokens and " << num_kv_heads
       << " heads are more than 2^32 tiles";

@@ -84,7 +84,7 @@ FI_PREFETCH_DEVICE void keep_share(const Work<T::kWindow>& work, uint32_t reques
                                    uint32_t end, const SharedMemory<T>& shared) {
   const uint32_t warp = warp_index();
   const Piece<T::kWindow>& piece = work.piece;
-  const bool goes_on = end > piece.begin + piece.count;
+  const bool goes_on = end > piece.end;
   if (begin >= piece.begin && !goes_on) return;
   const bool of_splits = piece.splits > 0;
   const uint32_t first = of_splits ? warp_number() - piece.split : begin;
@@ -149,7 +149,7 @@ template <typename T>
 FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Work<T::kWindow>& work, const Run& run, uint32_t begin,
                                  uint32_t end, WarpAttention<T>& attention, const SharedMemory<T>& shared) {
   const Piece<T::kWindow>& piece = work.piece;
-  const bool goes_on = end > piece.begin + piece.count;
+  const bool goes_on = end > piece.end;
   const bool has_all = begin >= piece.begin && !goes_on;
   const bool abreast = work.partition.abreast_log2 > 0;
   const uint32_t warp = warp_index();
@@ -334,9 +334,10 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
     if (!T::kTakesTwo && pipeline.issued() >= piece.count) ptx::launch_dependents();
     if (i == run_end) {
       __syncwarp();  // the run: lane 0 wrote it
+      const uint32_t before = run.tiles;
       run = pipeline.run(stage);
       if (i > 0) attention.load_query(run.request, run.head);
-      begin = piece.begin + i - run.tile;
+      begin = i == 0 ? piece.begin - run.tile : begin + before + work.partition.gap;
       run_end += min(run.tiles - run.tile, piece.count - run_end);
       if (i > 0 || keep_late) keep_share<T>(work, run.request, run.head, begin, begin + run.tiles, shared);
       attention.start();

@@ -1,8 +1,9 @@
 // Who does what. All tiles of the batch form one line, ordered by request, then kv head, then token. The line is cut
 // into one piece a warp, equal to within one tile, so skewed batches balance; or, where requests differ and there are
-// few of them, so that every piece is of one request and head. The cut is made here, on the device, from the page table
-// as it is when the kernel runs. Nothing was planned on the host that could be stale. fi_prefetch/schedule.py is the
-// same arithmetic in Python.
+// few of them, so that every piece is of one request and head. Where many differ, a warp goes from one to the next, and
+// the line has a gap before each, for the time that this takes. The cut is made here, on the device, from the page
+// table as it is when the kernel runs. Nothing was planned on the host that could be stale. fi_prefetch/schedule.py is
+// the same arithmetic in Python.
 #pragma once
 
 #include "params.cuh"
@@ -15,6 +16,11 @@ constexpr uint32_t kFullWarp = 0xffffffffu;
 constexpr int32_t kMostFewRequests = 32;
 /// K and V of a tile: of 16-bit numbers in 128 dimensions, or of more.
 constexpr uint32_t kLargeTileBytes = 8 << 10;
+
+/// See gap_of_line().
+__host__ __device__ constexpr uint32_t longest_gap(uint32_t tile_bytes) {
+  return tile_bytes < kLargeTileBytes ? kLargeTileBytes / tile_bytes : 1;
+}
 
 FI_PREFETCH_DEVICE uint32_t lane_index() { return threadIdx.x % 32; }
 /// A value that is the same in every lane, said so that the compiler knows it. It must know it of every branch that
@@ -127,7 +133,8 @@ FI_PREFETCH_DEVICE uint32_t small_split_count(uint32_t tiles, uint32_t most_tile
   return small_quotient(tiles + most_tiles - 1, most_tiles);
 }
 
-/// A position on the line: split `offset % splits` of kv head `offset / splits` of a request.
+/// A position on the line: split `offset % splits` of kv head `offset / splits` of a request. Where the line has gaps,
+/// these are among the splits, before a head's first one.
 struct Location {
   Request request{};
   uint32_t request_index = 0;
@@ -228,15 +235,43 @@ class RequestScan {
     }
     return __reduce_add_sync(kFullWarp, sum);
   }
-  /// From now on the line is one of these. Collective over the block.
-  FI_PREFETCH_DEVICE void cut_again(uint32_t most_tiles) {
+  /// Tiles of one kv head of the requests that so many tiles divide. Collective over the warp.
+  FI_PREFETCH_DEVICE uint32_t tiles_in_multiples_of(uint32_t tiles) const {
+    const auto counted = [&](const Request& request) {
+      return small_quotient(request.tiles, tiles) * tiles == request.tiles ? request.tiles : 0;
+    };
+    uint32_t sum = 0;
     if constexpr (FEW_REQUESTS) {
-      sum_ = warp_inclusive_sum(small_split_count(request_.tiles, most_tiles));
+      sum = counted(request_);
+    } else {
+#pragma unroll 1
+      for (uint32_t group = 0; group < groups_; ++group) sum += counted(requests_[group * 32 + lane_index()]);
+    }
+    return __reduce_add_sync(kFullWarp, sum);
+  }
+  /// Requests that have tiles, of the first so many. Collective over the warp.
+  FI_PREFETCH_DEVICE uint32_t with_tiles(uint32_t requests) const {
+    uint32_t count = 0;
+    if constexpr (FEW_REQUESTS) {
+      count = lane_index() < requests && request_.tiles > 0;
+    } else {
+#pragma unroll 1
+      for (uint32_t r = lane_index(); r < requests; r += 32) count += requests_[r].tiles > 0;
+    }
+    return __reduce_add_sync(kFullWarp, count);
+  }
+  /// From now on the line is one of these, with a gap before every head of a request. Collective over the block.
+  FI_PREFETCH_DEVICE void cut_again(uint32_t most_tiles, uint32_t gap) {
+    const auto places = [&](const Request& request) {
+      return request.tiles > 0 ? gap + small_split_count(request.tiles, most_tiles) : 0;
+    };
+    if constexpr (FEW_REQUESTS) {
+      sum_ = warp_inclusive_sum(places(request_));
     } else {
       __syncthreads();  // the old sums were read
       for (uint32_t group = warp_index(); group < groups_; group += warps_per_block()) {
         const uint32_t r = group * 32 + lane_index();
-        sums_[r] = warp_inclusive_sum(small_split_count(requests_[r].tiles, most_tiles));
+        sums_[r] = warp_inclusive_sum(places(requests_[r]));
       }
       __syncthreads();
     }
@@ -287,19 +322,21 @@ class RequestScan {
 /// most one (beyond 2^32 / workers tiles by a few), and the longer pieces are spread evenly (the first ones alone would
 /// make whole blocks late). Or that of a line of as many splits as workers, one each: see cut().
 struct Partition {
-  uint32_t tiles;         // or splits
+  uint32_t tiles;         // or splits; and gaps
   uint32_t workers;       // at most 65,535, so that j * share fits 32 bits
   uint32_t share;         // a worker's, in 2^-32 of the line, rounded up
   uint32_t abreast_log2;  // a worker is this many neighbouring warps (log2)
   uint32_t split_tiles;   // at most so many in a split; 1: the line is one of tiles
+  uint32_t gap;           // empty places before the first tile of every request and head
 
   FI_PREFETCH_DEVICE Partition(uint32_t tiles_, uint32_t workers_, uint32_t abreast_log2_ = 0,
-                               uint32_t split_tiles_ = 1)
+                               uint32_t split_tiles_ = 1, uint32_t gap_ = 0)
       : tiles(tiles_),
         workers(workers_),
         share(0xffffffffu / workers_ + 1),
         abreast_log2(abreast_log2_),
-        split_tiles(split_tiles_) {}
+        split_tiles(split_tiles_),
+        gap(gap_) {}
 
   FI_PREFETCH_DEVICE uint32_t warps() const { return workers << abreast_log2; }
 
@@ -347,16 +384,17 @@ FI_PREFETCH_DEVICE uint32_t default_min_tiles(uint32_t tiles, uint32_t blocks, u
 }
 
 /// A block's tiles, of which its warps have at least `min_tiles` each, and otherwise as few as do, a little rounded up.
-/// Pieces of 8 and not of 7 or 8 tiles take as long, and cut fewer requests in two. Where all requests have `equal`
-/// tiles (0: they differ) and two more a warp let every block have one whole, they get them: two tiles take half as
-/// long as a meeting of blocks (H100).
+/// Pieces of 8 and not of 7 or 8 tiles take as long, and cut fewer requests in two; from 512 tiles on the blocks that
+/// this leaves without work cost more (up to 1.2 % of 8 GB, H200). Where all requests have `equal` tiles (0: they
+/// differ) and two more a warp let every block have one whole, they get them: two tiles take half as long as a meeting
+/// of blocks (H100).
 FI_PREFETCH_DEVICE uint32_t tiles_of_a_block(uint32_t tiles, uint32_t blocks, uint32_t warps, uint32_t min_tiles,
                                              uint32_t equal) {
   const uint32_t workers = blocks * warps;
   uint32_t piece = min_tiles;
   if (tiles > workers * min_tiles) {
     piece = (tiles - 1) / workers + 1;
-    const uint32_t unit = (1u << floor_log2(piece)) / 16;  // up to 1/16 longer
+    const uint32_t unit = piece < 512 ? (1u << floor_log2(piece)) / 16 : 1;  // up to 1/16 longer
     if (unit > 1) piece = (piece + unit - 1) & ~(unit - 1);
   }
   const uint32_t of_a_block = piece * warps;
@@ -389,14 +427,30 @@ FI_PREFETCH_DEVICE WholePieces whole_pieces(const DecodeParams& p, const Scan& s
   return {};
 }
 
+/// Places of the gap before every request and head of a line that `workers` workers share, which has `tiles` tiles in
+/// all and up to `piece` for each. To go over to another request or head costs a warp about the time of a tile of 8 KB
+/// (1.3 us, H200), and one with many short requests would end last by far: with 512 requests of 16 to 300 tokens and
+/// fp8 KV at half of the speed. None where pieces are as short as two of them, and where requests end with pieces by
+/// themselves, three quarters of them by their tiles: they would not any more. Collective over the warp.
+template <typename Scan>
+FI_PREFETCH_DEVICE uint32_t gap_of_line(const Scan& scan, uint32_t tiles, uint32_t workers, uint32_t piece,
+                                        uint32_t tile_bytes) {
+  const uint32_t gap = longest_gap(tile_bytes);
+  if (tiles <= static_cast<uint64_t>(2 * gap) * workers) return 0;
+  return scan.tiles_in_multiples_of(piece) / 3 >= scan.total() / 4 ? 0 : gap;
+}
+
 /// Whether neighbouring warps read neighbouring kv heads abreast, the same tokens of each at about the same time: rows
 /// that lie side by side in HBM. Each then meets others by itself, and so must have little to meet about: a piece is
 /// long, and holds two of the longest request and head. Of `whole_tiles`, which the tensor memory accelerator copies,
-/// half of one is enough: a block keeps its warps in step then (see the decode kernel), which gains more.
-FI_PREFETCH_DEVICE bool reads_abreast(uint32_t tiles, uint32_t warps, uint32_t longest_request, bool whole_tiles) {
-  constexpr uint32_t kLongPiece = 32;
+/// half of one is enough: a block keeps its warps in step then (see the decode kernel), which gains more. Where
+/// requests differ, pieces begin and end within them, and must be longer to pay: with 46 to 70 tiles heads abreast take
+/// 1 to 3 % more time, with 250 and more up to 3 % less (H200).
+FI_PREFETCH_DEVICE bool reads_abreast(uint32_t tiles, uint32_t warps, uint32_t longest_request, bool whole_tiles,
+                                      bool equal) {
+  const uint32_t long_piece = equal ? 32 : 128;
   const uint32_t of_longest = whole_tiles ? longest_request / 2 : 2 * longest_request;
-  return tiles >= static_cast<uint64_t>(max(kLongPiece, of_longest)) * warps;
+  return tiles >= static_cast<uint64_t>(max(long_piece, of_longest)) * warps;
 }
 
 /// The cut for a grid of `blocks` blocks of `warps` warps, of the line that is the scan's from then on. Pieces are
@@ -413,21 +467,25 @@ FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, Scan& scan, uint32_t blo
                                  : default_min_tiles(tiles, blocks, warps, scan.longest(), tile_bytes);
   const uint32_t equal = scan.longest() * p.table.batch_size == scan.total() ? scan.longest() : 0;
   const uint32_t log2 =
-      reads_abreast(tiles, blocks * warps, scan.longest(), p.table.page_size % kTileTokens == 0) ? p.abreast_log2 : 0;
+      reads_abreast(tiles, blocks * warps, scan.longest(), p.table.page_size % kTileTokens == 0, equal > 0)
+          ? p.abreast_log2
+          : 0;
   // Blocks that work, or workers where these are parts of one or more blocks.
   const uint32_t most = log2 > 0 ? blocks * warps >> log2 : blocks, workers = log2 > 0 ? 1 : warps;
-  const uint32_t of_a_block = tiles_of_a_block(tiles >> log2, most, workers, min_tiles, equal);
-  if (equal == 0 && log2 == 0) {
-    const WholePieces whole = whole_pieces(p, scan, blocks, warps, small_quotient(of_a_block, warps));
-    if (whole.most_tiles > 1) {
-      scan.cut_again(whole.most_tiles);
-      const uint32_t pieces = whole.total * p.num_kv_heads;
-      return Partition(pieces, pieces, 0, whole.most_tiles);
-    }
-  }
-  const uint32_t full = small_quotient(tiles >> log2, of_a_block);
-  const uint32_t working = max(full + (full * of_a_block != tiles >> log2), 1u);
-  return Partition(tiles >> log2, working * workers, log2);
+  const uint32_t line = tiles >> log2;
+  const uint32_t of_a_block = tiles_of_a_block(line, most, workers, min_tiles, equal);
+  const uint32_t piece = small_quotient(of_a_block, workers);
+  const uint32_t full = small_quotient(line, of_a_block);
+  const uint32_t working = max(full + (full * of_a_block != line), 1u);
+  if (equal > 0) return Partition(line, working * workers, log2);
+  const WholePieces whole = log2 == 0 ? whole_pieces(p, scan, blocks, warps, piece) : WholePieces{};
+  const bool is_whole = whole.most_tiles > 1;
+  const uint32_t gap = is_whole ? 0 : gap_of_line(scan, line, working * workers, piece, tile_bytes);
+  if (is_whole || gap > 0) scan.cut_again(whole.most_tiles, gap);
+  const uint32_t pieces = whole.total * p.num_kv_heads;
+  if (is_whole) return Partition(pieces, pieces, 0, whole.most_tiles);
+  const uint32_t gaps = gap * scan.with_tiles(p.table.batch_size) * (p.num_kv_heads >> log2);
+  return Partition(line + gaps, working * workers, log2, 1, gap);
 }
 
 /// Walks the line of tiles. The same values in every lane of the warp.
@@ -505,8 +563,9 @@ struct TileCursor {
 /// A warp's piece of the line.
 template <bool WINDOW>
 struct Piece {
-  uint32_t begin = 0;        // in tiles of the line; where that is one of splits, in those of its request and head
-  uint32_t count = 0;        // tiles
+  uint32_t begin = 0;  // its first tile's place on the line; where that is one of splits, in its request and head
+  uint32_t end = 0;
+  uint32_t count = 0;        // tiles: with gaps fewer than places
   TileCursor<WINDOW> first;  // if count > 0
   uint32_t split = 0;        // where the line is one of splits: it is the split-th of `splits`
   uint32_t splits = 0;       // 0: the line is one of tiles
@@ -516,18 +575,38 @@ struct Piece {
   template <typename Scan>
   FI_PREFETCH_DEVICE Piece(const DecodeParams& p, const Partition& partition, Scan& scan, uint32_t warp) {
     const uint32_t worker = warp >> partition.abreast_log2;
-    begin = partition.begin(worker);
-    count = partition.begin(worker + 1) - begin;
+    begin = partition.begin(worker), end = partition.begin(worker + 1);
+    count = end - begin;
     if (count == 0) return;
-    const Location at = scan.locate(begin, p.num_kv_heads >> partition.abreast_log2);
-    first = TileCursor<WINDOW>(at, partition.abreast_log2, warp);
+    const uint32_t gap = partition.gap, log2 = partition.abreast_log2, heads = p.num_kv_heads >> log2;
+    const auto gaps_before = [&](uint32_t place) {  // places of gaps that are before one of the cursor's head
+      return gap * (heads * scan.with_tiles(first.request_index) + (first.head >> log2)) + min(place, gap);
+    };
+    uint32_t splits_here = 0;
+    // Where there are gaps the last place first, and the same code again, which is long, for the first one.
+#pragma unroll 1
+    for (uint32_t place = gap > 0 ? end - 1 : begin;; place = begin) {
+      const Location at = scan.locate(place, heads);
+      first = TileCursor<WINDOW>(at, log2, warp);
+      splits_here = at.splits;
+      if (place == begin) break;
+      count -= gaps_before(first.tile + 1);
+    }
+    if (gap > 0) {  // a piece is longer than a gap, and so has a tile
+      count += gaps_before(first.tile);
+      const uint32_t passed = min(first.tile, gap);
+      begin += gap - passed;
+      first.tile -= passed;
+      return;
+    }
     if (partition.split_tiles == 1) return;
     const uint32_t tiles = first.request.tiles;
-    split = first.tile, splits = max(at.splits, 1u);
+    split = first.tile, splits = max(splits_here, 1u);
     // Equal but for one tile; the first ones are the longer.
     const uint32_t least = small_quotient(tiles, splits), longer = tiles - least * splits;
     begin = first.tile = split * least + min(split, longer);
     count = least + (split < longer);
+    end = begin + count;
   }
 };
 

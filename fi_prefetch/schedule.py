@@ -4,13 +4,15 @@ Nothing that runs a decode uses this: the kernel makes its schedule itself, on t
 
 All tiles of a batch form one line, ordered by request, then kv head, then token. It is cut into one piece a warp, equal
 to within one tile. Where requests differ in length and pieces need not be much longer for it, every piece is of one
-request and head: the line is then one of splits, one a warp. Where pieces are long, neighbouring warps read
-neighbouring kv heads abreast: the line is then that of every so-many-th head, and as many warps have the same piece of
-it, each of another head.
+request and head: the line is then one of splits, one a warp. Where many differ, warps go from one to the next, and the
+line has a gap before each request and head, for the time that this takes. Where pieces are long, neighbouring warps
+read neighbouring kv heads abreast: the line is then that of every so-many-th head, and as many warps have the same
+piece of it, each of another head.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,13 +45,15 @@ def request_tiles(length: int, q_len: int = 1, window_left: int = -1) -> int:
 
 @dataclass(frozen=True)
 class Partition:
-    """The cut of `tiles` tiles over `workers` (at most 65,535) warps: worker j takes [begin(j), begin(j + 1)).
+    """The cut of a line of `tiles` over `workers` (at most 65,535) warps: worker j takes [begin(j), begin(j + 1)).
 
-    Sizes differ by at most one tile up to 2^32 / workers tiles, and by a few beyond.
+    Sizes differ by at most one tile up to 2^32 / workers tiles, and by a few beyond. `gap`: empty places before every
+    request and head, counted among the tiles.
     """
 
     tiles: int
     workers: int
+    gap: int = 0
 
     def begin(self, j: int) -> int:
         if j >= self.workers:
@@ -78,10 +82,25 @@ def most_abreast(warps: int, num_kv_heads: int) -> int:
     return abreast
 
 
-def reads_abreast(tiles: int, warps: int, longest_request: int, page_size: int) -> bool:
-    """Whether `warps` warps with `tiles` tiles to share read kv heads abreast."""
+def reads_abreast(tiles: int, warps: int, longest_request: int, page_size: int, equal: bool) -> bool:
+    """Whether `warps` warps with `tiles` tiles to share read kv heads abreast. `equal`: as all requests are."""
     of_longest = 2 * longest_request if page_size % TILE_TOKENS else longest_request // 2
-    return tiles >= max(32, of_longest) * warps
+    return tiles >= max(32 if equal else 128, of_longest) * warps
+
+
+def gap_of_line(requests: Sequence[int], tiles: int, workers: int, piece: int, tile_bytes: int) -> int:
+    """Places of the gap before every request and head of a line.
+
+    Args:
+        requests: tiles of one kv head, by request; they differ.
+        tiles: of the line; workers: who share it; piece: tiles that each has at most.
+        tile_bytes: K and V of a tile.
+    """
+    gap = max(LARGE_TILE // tile_bytes, 1)
+    if tiles <= 2 * gap * workers:
+        return 0
+    aligned = sum(n for n in requests if n % piece == 0)
+    return 0 if aligned // 3 >= sum(requests) // 4 else gap
 
 
 def tiles_of_a_block(tiles: int, blocks: int, warps: int, min_tiles: int, equal: int = 0) -> int:
@@ -89,7 +108,7 @@ def tiles_of_a_block(tiles: int, blocks: int, warps: int, min_tiles: int, equal:
     piece = min_tiles
     if tiles > blocks * warps * min_tiles:
         piece = -(-tiles // (blocks * warps))
-        unit = max((1 << (piece.bit_length() - 1)) // 16, 1)
+        unit = max((1 << (piece.bit_length() - 1)) // 16, 1) if piece < 512 else 1
         piece = -(-piece // unit) * unit
     of_a_block = piece * warps
     return equal if of_a_block < equal <= of_a_block + 2 * warps else of_a_block
@@ -178,7 +197,7 @@ class Schedule:
     def abreast(self) -> int:
         """Kv heads that are read abreast, each by a warp of its own; a worker of the partition is so many warps."""
         warps = self.blocks * self.warps
-        if not reads_abreast(self.all_tiles, warps, self.longest, self.page_size):
+        if not reads_abreast(self.all_tiles, warps, self.longest, self.page_size, self.equal_tiles > 0):
             return 1
         return most_abreast(warps, self.num_kv_heads)
 
@@ -212,7 +231,11 @@ class Schedule:
         blocks, warps = self.blocks, self.warps
         if self.abreast > 1:  # workers, parts of one or more blocks
             blocks, warps = blocks * warps // self.abreast, 1
-        return Partition(line, active_blocks(line, blocks, warps, self.min_tiles, self.equal_tiles) * warps)
+        workers = active_blocks(line, blocks, warps, self.min_tiles, self.equal_tiles) * warps
+        piece = tiles_of_a_block(line, blocks, warps, self.min_tiles, self.equal_tiles) // warps
+        gap = 0 if self.equal_tiles else gap_of_line(self.tiles, line, workers, piece, self.tile_bytes)
+        gaps = gap * sum(n > 0 for n in self.tiles) * self.num_kv_heads // self.abreast
+        return Partition(line + gaps, workers, gap)
 
     @property
     def working_blocks(self) -> int:
@@ -224,10 +247,12 @@ class Schedule:
         if self.split_tiles > 1:
             return self._whole_segments()
         segments = []
+        gap = self.partition.gap
         for lane in range(self.abreast):
             position, worker = 0, 0
             for request, tiles in enumerate(self.tiles):
                 for head in range(lane, self.num_kv_heads, self.abreast):
+                    position += gap if tiles else 0
                     tile = 0
                     while tile < tiles:
                         while self.partition.begin(worker + 1) <= position:
@@ -255,6 +280,11 @@ class Schedule:
         """Tiles of the warp that has most to do."""
         if self.split_tiles > 1:
             return max(s.end_tile - s.first_tile for s in self.segments)
+        if self.partition.gap:
+            tiles = Counter[tuple[int, int]]()
+            for s in self.segments:
+                tiles[s.block, s.warp] += s.end_tile - s.first_tile
+            return max(tiles.values())
         begins = [self.partition.begin(j) for j in range(self.partition.workers + 1)]
         return max(end - begin for begin, end in zip(begins[:-1], begins[1:], strict=True))
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_prefetch.prefetch import stretch_tiles
-from fi_prefetch.schedule import Partition, reads_abreast
+from fi_prefetch.schedule import Partition, Schedule, reads_abreast
 
 BF16, F16, E4M3, E5M2 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -311,7 +311,7 @@ def test_the_order_of_execution_does_not_change_a_bit():
 ABREAST = [(8, 3, 8), (4, 2, 4), (4, 2, 16), (6, 1, 2), (3, 0, 8)]
 LONG_BATCHES = {
     "equal": [500] * 13,
-    "unequal": [500, 480, 0, 1, 310, 500] * 4,
+    "unequal": [500, 480, 0, 1, 310, 500] * 7,
     "many": [40] * 70,
     "whole requests": [512] * 16,
 }
@@ -322,9 +322,9 @@ def abreast_problem(lengths, warps, log2, heads_kv, group=2, surely=True, **opti
     if surely:
         most = options.get("window_left", 1 << 20) + 32
         tiles = [-(-min(length, most) // 16) for length in lengths]
-        assert reads_abreast(sum(tiles) * heads_kv, options["blocks"] * warps, max(tiles), options["page_size"]), (
-            "this would not test it"
-        )
+        work = sum(tiles) * heads_kv, options["blocks"] * warps, max(tiles)
+        equal = max(tiles) * len(tiles) == sum(tiles)
+        assert reads_abreast(*work, options["page_size"], equal), "this would not test it"
     heads_q = heads_kv * group
     return make_problem(lengths, heads_q=heads_q, heads_kv=heads_kv, warps=warps, abreast_log2=log2, **options)
 
@@ -369,8 +369,22 @@ def test_heads_abreast_of_every_shape(group, head_dim):
     assert_right(abreast_problem([500] * 5, warps, log2, 4, group=group, head_dim=head_dim))
 
 
+@pytest.mark.parametrize(("log2", "times"), [(0, 4), (2, 25)], ids=["one head", "heads abreast"])
+@pytest.mark.parametrize(("kv_dtype", "gap"), [(BF16, 1), (E4M3, 2)], ids=["bf16", "e4m3"])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_gaps_between_requests(log2, times, kv_dtype, gap, page_size):
+    lengths = [30, 0, 500, 17, 64, 3, 300, 5] * times
+    options = {"heads_q": 8, "heads_kv": 4, "blocks": 3, "warps": 4, "min_tiles": 0, "abreast_log2": log2}
+    options |= {"page_size": page_size, "kv_dtype": kv_dtype}
+    schedule = Schedule(lengths, 4, 3, 4, tile_bytes=8192 // gap, page_size=page_size)
+    assert (schedule.partition.gap, schedule.abreast) == (gap, 1 << log2), "this would not test it"
+    assert_right(make_problem(lengths, **options))
+    unplanned, planned = (emulated.run(make_problem(lengths, plans=plans, **options)) for plans in (False, True))
+    assert torch.equal(unplanned[0], planned[0]) and torch.equal(unplanned[1], planned[1])
+
+
 def test_heads_abreast_with_window_sinks_and_fp8():
-    problem = abreast_problem([900, 0, 700, 1200], 4, 2, 8, window_left=600, q_len=3, kv_dtype=E4M3)
+    problem = abreast_problem([900, 0, 700, 1200, 800], 4, 2, 8, window_left=600, q_len=3, kv_dtype=E4M3)
     problem.sinks = torch.randn(16)
     assert_right(problem)
 

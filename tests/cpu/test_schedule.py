@@ -1,5 +1,7 @@
 """The schedule's arithmetic: complete, even, and the same on the host as in the kernel."""
 
+from collections import Counter
+
 import emulated_decode as emulated
 import pytest
 import torch
@@ -111,6 +113,39 @@ def test_whole_pieces_are_of_one_request_and_head(lengths, heads, blocks, warps)
     assert schedule.longest_piece <= max(anywhere, schedule.min_tiles) + 4 + anywhere // 16, "hardly longer"
 
 
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 60), st.integers(1, 4000)), min_size=2, max_size=60),
+    heads=st.integers(1, 4),
+    blocks=st.integers(1, 6),
+    warps=st.integers(1, 8),
+    tile_bytes=st.sampled_from([2048, 4096, 8192, 16384]),
+)
+def test_a_warp_of_many_requests_has_fewer_tiles(lengths, heads, blocks, warps, tile_bytes):
+    schedule = Schedule(lengths, heads, blocks, warps, tile_bytes=tile_bytes)
+    gap, workers = schedule.partition.gap, schedule.partition.workers
+    assume(gap > 0)
+    assert gap == max(8192 // tile_bytes, 1)
+    places = Counter({(worker // warps, worker % warps): 0 for worker in range(workers)})
+    for s in schedule.segments:
+        places[s.block, s.warp] += s.end_tile - s.first_tile + (gap if s.first_tile == 0 else 0)
+    least, most = schedule.partition.tiles // workers, -(-schedule.partition.tiles // workers)
+    assert all(least - gap <= n <= most + gap for n in places.values()), "but for a gap that two of them have parts of"
+
+
+def test_a_line_has_gaps_where_many_requests_differ():
+    def gap(lengths, heads=8, tile_bytes=8192):
+        return Schedule(lengths, heads, blocks=132, warps=8, tile_bytes=tile_bytes).partition.gap
+
+    mixed = [64 + 37 * i for i in range(200)]
+    assert gap(mixed) == 1
+    assert gap(mixed, tile_bytes=4096) == 2, "a tile takes half as long"
+    assert gap([*mixed, 0, 0]) == 1, "an empty request has none"
+    assert gap([2048] * 200) == 0, "equal requests"
+    assert gap([4096] * 32 + [128] * 32) == 0, "most end with pieces of 64 tiles"
+    assert gap(mixed[:60], heads=1) == 0, "whole pieces"
+    assert gap([10, 20] * 300, heads=2) == 0, "two tiles a warp"
+
+
 def test_pieces_are_whole_where_requests_differ_and_are_few():
     def split_tiles(lengths, heads=1):
         return Schedule(lengths, heads, blocks=132, warps=8).split_tiles
@@ -129,8 +164,9 @@ def test_pieces_are_whole_where_requests_differ_and_are_few():
 @pytest.mark.parametrize(
     "lengths",
     [
-        [500], [40, 0, 333, 16, 1], [64] * 12, [80] * 5, [400] * 22, [300, 1, 200] * 16,
-        [700, 90, 0, 210], [1200, 30, 330, 16], [2000, 900, 2000, 2000],
+        [500], [40, 0, 333, 16, 1], [64] * 12, [80] * 5, [400] * 22, [300, 1, 200] * 16, [400, 1, 300] * 16,
+        [700, 90, 0, 210], [1200, 30, 330, 16], [2000, 900, 2000, 2000], [3000, 1400, 3000, 3000],
+        [90, 0, 20, 333, 160] * 9,
     ],
 )  # fmt: skip
 def test_the_kernel_cuts_where_the_host_does(lengths, window_left, page_size):
@@ -140,8 +176,9 @@ def test_the_kernel_cuts_where_the_host_does(lengths, window_left, page_size):
         abreast_log2=2,
     )  # fmt: skip
     schedule = Schedule(lengths, heads, blocks, warps, problem.min_tiles, window_left=window_left, page_size=page_size)
-    long = len(lengths) > 15 or (min(lengths) >= 900 and page_size == 16)  # half of a request and head, or two
-    assert (schedule.abreast == 4) == (long and window_left < 0)
+    # Equal or long enough; and half of a request and head, or two.
+    abreast = lengths in ([400] * 22, [400, 1, 300] * 16) or (lengths[0] == 3000 and page_size == 16)
+    assert (schedule.abreast == 4) == (abreast and window_left < 0)
     assert cuts_as(schedule, problem)
 
 
