@@ -484,7 +484,7 @@ FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, Scan& scan, uint32_t blo
   if (is_whole || gap > 0) scan.cut_again(whole.most_tiles, gap);
   const uint32_t pieces = whole.total * p.num_kv_heads;
   if (is_whole) return Partition(pieces, pieces, 0, whole.most_tiles);
-  const uint32_t gaps = gap * scan.with_tiles(p.table.batch_size) * (p.num_kv_heads >> log2);
+  const uint32_t gaps = gap > 0 ? gap * scan.with_tiles(p.table.batch_size) * (p.num_kv_heads >> log2) : 0;
   return Partition(line + gaps, working * workers, log2, 1, gap);
 }
 
