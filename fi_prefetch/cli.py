@@ -477,7 +477,9 @@ def shape_options(command: Any) -> Any:
     """The options that say which shapes: a grid, a model with batches and contexts, or heads and lengths."""
     for option in reversed(
         (
-            click.option("--grid", type=click.Choice(("basic", "full", "small")), default="basic", show_default=True),
+            click.option(
+                "--grid", type=click.Choice(("basic", "full", "mixed", "small")), default="basic", show_default=True
+            ),
             click.option("--model", help="A model's decode calls (see `explain`), over --batch and --context."),
             click.option(
                 "--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks that share the model."
@@ -485,7 +487,7 @@ def shape_options(command: Any) -> Any:
             click.option("--batch", type=TOKENS, default="1,8,64", show_default=True, help="Requests."),
             click.option("--context", type=TOKENS, default="2K,8K", show_default=True, help="KV tokens a request."),
             click.option("--heads", help="Query and kv heads, as 32/8."),
-            click.option("--lens", help="Requests by length, as 8x1K or 1x64K+31x4K; with --heads."),
+            click.option("--lens", help="Requests by length, as 8x1K, 1x64K+31x4K or 256x64..2K; with --heads."),
             click.option("--page", type=click.IntRange(1), default=1, show_default=True, help="Tokens a page."),
             click.option("--head-dim", type=click.IntRange(1), default=128, show_default=True),
             click.option(
@@ -621,7 +623,8 @@ def bench(kind: str, **options: Any) -> None:
     job = _job(kind, shapes, options)
     standard = whole_grid and options["grid"] != "small" and not was_given("kv_dtype")
     if standard or kind not in ("grid", "prefetch"):
-        output = options["output"] or results_folder(gpu_facts().key) / f"{kind}.json"
+        stem = "mixed" if kind == "grid" and options["grid"] == "mixed" else kind
+        output = options["output"] or results_folder(gpu_facts().key) / f"{stem}.json"
     else:
         output = options["output"] or Path(f"fi_prefetch_{kind}.json")
     content = _run_job(job, output, options["resume"])

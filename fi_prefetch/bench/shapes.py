@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ MiB = 1 << 20
 class Shape:
     """One decode call: heads, page size, dtypes, and how many requests there are of which KV length.
 
-    `kv_lens` holds `(tokens, requests)` pairs, longest first.
+    `kv_lens` holds `(tokens, requests)` pairs: longest first, or those of `spread_lens`.
     """
 
     heads_q: int
@@ -87,9 +89,9 @@ class Shape:
 
     @property
     def size_class(self) -> str:
-        """The class that the targets are stated for: `skewed`, else by the bytes of KV a call."""
+        """What the targets are stated for: `skewed`, or `mixed` with many lengths; else by the bytes of KV a call."""
         if self.skewed:
-            return "skewed"
+            return "skewed" if len(self.kv_lens) <= 8 else "mixed"
         if self.kv_bytes <= 64 * MiB:
             return "up to 64 MB"
         if self.kv_bytes <= 512 * MiB:
@@ -128,8 +130,23 @@ def query_dtype(kv_dtype: str) -> str:
     return kv_dtype if DTYPE_BYTES[kv_dtype] == 2 else "bfloat16"
 
 
+def spread_lens(requests: int, shortest: int, longest: int) -> KvLens:
+    """Requests from `shortest` to `longest` tokens, evenly on a logarithmic scale, in no order of length.
+
+    As a server has them, long and short ones side by side. Nothing in it is random.
+    """
+    lengths = [round(shortest * (longest / shortest) ** (i / (requests - 1))) for i in range(requests)]
+    step = round(requests * (math.sqrt(5) - 1) / 2)
+    while math.gcd(step, requests) != 1:
+        step += 1
+    return tuple((lengths[i * step % requests], 1) for i in range(requests))
+
+
 def lens_label(kv_lens: Sequence[Sequence[int]]) -> str:
-    """For example `1x64K+31x4K`."""
+    """For example `1x64K+31x4K`, or `256x64..2K` for those of `spread_lens`."""
+    lengths, requests = [length for length, _ in kv_lens], len(kv_lens)
+    if requests > 2 and tuple(map(tuple, kv_lens)) == spread_lens(requests, max(min(lengths), 1), max(lengths)):
+        return f"{requests}x{tokens_label(min(lengths))}..{tokens_label(max(lengths))}"
     return "+".join(f"{count}x{tokens_label(length)}" for length, count in kv_lens)
 
 
@@ -147,7 +164,16 @@ def parse_tokens(text: str) -> int:
 
 
 def parse_lens(text: str) -> KvLens:
-    """Parses `1x64K+31x4K` into `((65536, 1), (4096, 31))`; raises ValueError where it cannot."""
+    """Parses `1x64K+31x4K` into `((65536, 1), (4096, 31))`, and `256x64..2K` as `spread_lens`.
+
+    Raises ValueError where it cannot.
+    """
+    spread = re.fullmatch(r"(\d+)x(\w+)\.\.(\w+)", text)
+    if spread:
+        requests, shortest, longest = int(spread[1]), parse_tokens(spread[2]), parse_tokens(spread[3])
+        if requests < 3 or not 0 < shortest < longest:
+            raise ValueError(f"expected three requests at least and lengths that grow, as 256x64..2K, got {text!r}")
+        return spread_lens(requests, shortest, longest)
     pairs = []
     for part in text.split("+"):
         count, separator, length = part.strip().partition("x")
@@ -164,6 +190,7 @@ UNIFORM = tuple(
 SKEWED = tuple(
     parse_lens(text) for text in ("1x64K+31x4K", "1x128K+31x4K", "2x32K+30x4K", "1x16K+15x64", "32x128+32x4K")
 )
+MIXED = tuple(parse_lens(text) for text in ("64x128..8K", "256x64..2K", "512x16..512"))
 LONG = tuple(parse_lens(text) for text in ("1x128K", "8x128K", "32x128K"))
 
 # What fits beside the other buffers of a run on an 80 GB GPU; a longer shape is left out of the grid, not shrunk.
@@ -199,6 +226,17 @@ def full_grid() -> list[Shape]:
     return [shape for shape in shapes if shape.kv_bytes <= LARGEST_KV_BYTES]
 
 
+def mixed_grid() -> list[Shape]:
+    """Three head layouts, pages of 1 and 16, batches of requests of all lengths; bf16 and fp8 KV."""
+    return [
+        Shape(heads_q, heads_kv, page, lens, kv_dtype=kv_dtype)
+        for kv_dtype in ("bfloat16", "float8_e4m3fn")
+        for heads_q, heads_kv in ((32, 8), (28, 4), (8, 1))
+        for page in (1, 16)
+        for lens in MIXED
+    ]
+
+
 def small_grid() -> list[Shape]:
     """A handful of real shapes for `demo` and for a first look: small, middling, large, skewed, fp8."""
     return [
@@ -212,7 +250,7 @@ def small_grid() -> list[Shape]:
     ]
 
 
-GRIDS = {"basic": basic_grid, "full": full_grid, "small": small_grid}
+GRIDS = {"basic": basic_grid, "full": full_grid, "mixed": mixed_grid, "small": small_grid}
 
 
 @dataclass(frozen=True)

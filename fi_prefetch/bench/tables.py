@@ -17,7 +17,7 @@ from . import report
 from .report import Row, bytes_label, microseconds
 from .shapes import Shape, lens_label
 
-SIZE_CLASSES = ("up to 64 MB", "64 to 512 MB", "512 MB to 1 GB", "above 1 GB", "skewed")
+SIZE_CLASSES = ("up to 64 MB", "64 to 512 MB", "512 MB to 1 GB", "above 1 GB", "skewed", "mixed")
 LEVER_COLUMNS = {
     "off": "off",
     "auto": "auto",

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fi_prefetch
 from fi_prefetch import device, gpu_check, tune
@@ -46,10 +48,12 @@ from fi_prefetch.bench.shapes import (
     basic_grid,
     full_grid,
     lens_label,
+    mixed_grid,
     model_grid,
     parse_lens,
     parse_tokens,
     small_grid,
+    spread_lens,
 )
 from fi_prefetch.bench.timing import Timing, calls_per_replay, copies_needed, summarise
 from fi_prefetch.prefetch import PROLOGUE_TILES, LaunchFacts, PrefetchPolicy, resolve
@@ -109,7 +113,44 @@ def test_lengths_are_parsed_longest_first(text: str, lens: tuple) -> None:
     assert parse_lens(lens_label(lens)) == lens
 
 
-@pytest.mark.parametrize("text", ["", "8", "x1K", "0x1K", "8x", "8xK", "8x1M", "8x1K+", "8x-1"])
+@given(requests=st.integers(3, 300), shortest=st.integers(1, 500), factor=st.integers(2, 50))
+def test_lengths_that_are_spread(requests: int, shortest: int, factor: int) -> None:
+    longest = shortest * factor
+    lens = spread_lens(requests, shortest, longest)
+    lengths = sorted(length for length, count in lens for _ in range(count))
+    assert len(lengths) == requests and (lengths[0], lengths[-1]) == (shortest, longest)
+    assert lengths[requests // 2] <= 2 * math.sqrt(shortest * longest) * factor ** (1 / requests), "most are short"
+    text = f"{requests}x{shortest}..{longest}"
+    assert parse_lens(text) == lens and parse_lens(lens_label(lens)) == lens
+
+
+def test_neighbours_among_spread_lengths_are_of_all_lengths() -> None:
+    lengths = [length for length, _ in spread_lens(256, 64, 2048)]
+    for i in range(0, 256, 8):
+        assert min(lengths[i : i + 8]) < 200 and max(lengths[i : i + 8]) > 700
+    assert lens_label(spread_lens(256, 64, 2048)) == "256x64..2K"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "8",
+        "2x64..2K",
+        "8x0..2K",
+        "8x2K..64",
+        "8x2K..2K",
+        "8x64...2K",
+        "8x64..2K+1x4K",
+        "x1K",
+        "0x1K",
+        "8x",
+        "8xK",
+        "8x1M",
+        "8x1K+",
+        "8x-1",
+    ],
+)
 def test_lengths_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         parse_lens(text)
@@ -140,6 +181,13 @@ def test_the_full_grid_holds_the_basic_one_and_fp8() -> None:
     assert {shape.page_size for shape in grid} == {1, 16, 64}
     assert {shape.kv_dtype for shape in grid} == {"bfloat16", "float8_e4m3fn"}
     assert {shape.heads_q // shape.heads_kv for shape in grid} == {1, 4, 7, 8}
+
+
+def test_the_mixed_grid() -> None:
+    grid = mixed_grid()
+    assert len(set(grid)) == len(grid) == 2 * 3 * 2 * 3
+    assert {shape.size_class for shape in grid} == {"mixed"}
+    assert max(shape.batch for shape in grid) == 512
 
 
 def test_models_slice_over_ranks() -> None:
