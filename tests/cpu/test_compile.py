@@ -110,7 +110,7 @@ ROW_TILES = (1, 2)
 # lane; rotary positions keep a token's turns in registers besides, ALiBi its slopes, and a second tile that is taken
 # with the first its scores. The few bytes at 128 dimensions are read back once or a few times in all of the code.
 MAX_SPILLED_BYTES = {
-    "NONE": {(128, 2): 80, (256, 1): 8, (256, 2): 544},
+    "NONE": {(128, 2): 88, (256, 1): 8, (256, 2): 544},
     "ALIBI": {(128, 2): 64, (256, 1): 8, (256, 2): 504},
     "ROPE_LLAMA": {(128, 2): 88, (256, 1): 64, (256, 2): 704},
 }
