@@ -110,10 +110,12 @@ ROW_TILES = (1, 2)
 # lane; rotary positions keep a token's turns in registers besides, ALiBi its slopes, and a second tile that is taken
 # with the first its scores. The few bytes at 128 dimensions are read back once or a few times in all of the code.
 MAX_SPILLED_BYTES = {
-    "NONE": {(128, 2): 88, (256, 1): 8, (256, 2): 544},
+    "NONE": {(128, 2): 56, (256, 1): 8, (256, 2): 536},
     "ALIBI": {(128, 2): 64, (256, 1): 8, (256, 2): 504},
-    "ROPE_LLAMA": {(128, 2): 88, (256, 1): 64, (256, 2): 704},
+    "ROPE_LLAMA": {(128, 2): 80, (256, 1): 64, (256, 2): 704},
 }
+# What Ada's kernels (8.9) of two row tiles spill beyond that.
+MORE_SPILLED_BYTES_ON_ADA = 32
 # The same of the batch-invariant kernel, whose loop over splits keeps its own beside the 32 rows that a merge has on
 # their way; and before Hopper, for which it is not tuned.
 MAX_SPILLED_BYTES_OF_FIXED_SPLITS = {
@@ -307,6 +309,8 @@ def test_registers_and_spills(case):
         by_position = MAX_SPILLED_BYTES_OF_FIXED_SPLITS if tuned else MAX_SPILLED_BYTES_OF_FIXED_SPLITS_BEFORE_HOPPER
     allowed = by_position[case.variant.position]
     limits = {size: allowed.get((case.variant.head_dim, size.row_tiles), 0) for size in found.decode}
+    if case.compute == 89 and not case.variant.fixed_split:
+        limits = {size: n + MORE_SPILLED_BYTES_ON_ADA if size.row_tiles == 2 and n else n for size, n in limits.items()}
     for size, kernel in [*found.decode.items(), (None, found.prefetch_kv)]:
         if kernel is None:
             continue
