@@ -114,9 +114,9 @@ def tiles_of_a_block(tiles: int, blocks: int, warps: int, min_tiles: int, equal:
     return equal if of_a_block < equal <= of_a_block + 2 * warps else of_a_block
 
 
-def active_blocks(tiles: int, blocks: int, warps: int, min_tiles: int, equal: int = 0) -> int:
-    """Blocks of the grid that get work where pieces are cut anywhere; arguments as in `tiles_of_a_block`."""
-    return max(-(-tiles // tiles_of_a_block(tiles, blocks, warps, min_tiles, equal)), 1)
+def active_blocks(tiles: int, of_a_block: int) -> int:
+    """Blocks of the grid that get work where pieces are cut anywhere: `of_a_block` tiles each."""
+    return max(-(-tiles // of_a_block), 1)
 
 
 def split_count(tiles: int, most_tiles: int) -> int:
@@ -231,9 +231,11 @@ class Schedule:
         blocks, warps = self.blocks, self.warps
         if self.abreast > 1:  # workers, parts of one or more blocks
             blocks, warps = blocks * warps // self.abreast, 1
-        workers = active_blocks(line, blocks, warps, self.min_tiles, self.equal_tiles) * warps
-        piece = tiles_of_a_block(line, blocks, warps, self.min_tiles, self.equal_tiles) // warps
-        gap = 0 if self.equal_tiles else gap_of_line(self.tiles, line, workers, piece, self.tile_bytes)
+        of_a_block = tiles_of_a_block(line, blocks, warps, self.min_tiles, self.equal_tiles)
+        workers = active_blocks(line, of_a_block) * warps
+        gap = 0
+        if not self.equal_tiles:
+            gap = gap_of_line(self.tiles, line, workers, of_a_block // warps, self.tile_bytes)
         gaps = gap * sum(n > 0 for n in self.tiles) * self.num_kv_heads // self.abreast
         return Partition(line + gaps, workers, gap)
 
@@ -278,15 +280,10 @@ class Schedule:
     @property
     def longest_piece(self) -> int:
         """Tiles of the warp that has most to do."""
-        if self.split_tiles > 1:
-            return max(s.end_tile - s.first_tile for s in self.segments)
-        if self.partition.gap:
-            tiles = Counter[tuple[int, int]]()
-            for s in self.segments:
-                tiles[s.block, s.warp] += s.end_tile - s.first_tile
-            return max(tiles.values())
-        begins = [self.partition.begin(j) for j in range(self.partition.workers + 1)]
-        return max(end - begin for begin, end in zip(begins[:-1], begins[1:], strict=True))
+        tiles = Counter[tuple[int, int]]()
+        for s in self.segments:
+            tiles[s.block, s.warp] += s.end_tile - s.first_tile
+        return max(tiles.values(), default=0)
 
     def blocks_of(self, request: int) -> int:
         """Blocks that share a request's first kv head: how many partial results are merged for it."""

@@ -237,6 +237,13 @@ def fastest_other(row: Row) -> str | None:
     return min(others, key=others.__getitem__) if others else None
 
 
+def tokens_factor(row: Row) -> str:
+    """Output tokens a second, prefill included, with our kernel over the most without it; "-" where one is missing."""
+    tokens = row["tokens_per_s"]
+    others = [value for name, value in tokens.items() if not report.serves_with_ours(name)]
+    return f"{tokens['fi_prefetch'] / max(others):.3f}" if others and "fi_prefetch" in tokens else "-"
+
+
 def arrived(row: Row) -> float | None:
     """What a decode step gained over the fastest other's, as a share of what attention gained.
 
@@ -264,11 +271,12 @@ def sglang(result: dict[str, Any]) -> Table:
                 batch({"kv_lens": report.step_lens(row)}),
                 *times,
                 f"{steps[other] / steps['fi_prefetch']:.3f}" if other and "fi_prefetch" in steps else "-",
+                tokens_factor(row),
                 "-" if row["attention_share"] is None else f"{row['attention_share']:.0%}",
                 "-" if share is None else f"{share:.0%}",
             )
         )
-    columns = ("model", "KV", "batch", *names, "speed-up", "attention's share", "arrived")
+    columns = ("model", "KV", "batch", *names, "speed-up", "with prefill", "attention's share", "arrived")
     return Table("A decode step in SGLang, ms", columns, lines, words=3)
 
 
@@ -279,11 +287,9 @@ def generation(result: dict[str, Any]) -> Table:
     lines = []
     for row in rows:
         tokens = row["tokens_per_s"]
-        others = [value for name, value in tokens.items() if not report.serves_with_ours(name)]
         values = (f"{tokens[name]:.0f}" if name in tokens else "-" for name in names)
-        factor = f"{tokens['fi_prefetch'] / max(others):.3f}" if others and "fi_prefetch" in tokens else "-"
         case = (served_model(row), cache_name(row["kv_dtype"]), batch({"kv_lens": report.step_lens(row)}))
-        lines.append((*case, str(row["output"]), *values, factor))
+        lines.append((*case, str(row["output"]), *values, tokens_factor(row)))
     columns = ("model", "KV", "prompts", "answers of", *names, "speed-up")
     return Table("Long answers in SGLang, output tokens a second", columns, lines, words=3)
 

@@ -25,7 +25,7 @@ def create_backend(runner: Any) -> Any:
             "--attention-backend fi_prefetch: this model has multi-head latent attention, which fi_prefetch does not "
             "serve; start with --attention-backend flashinfer, fa3 or flashmla"
         )
-    from . import layers, named_backends
+    from . import layers, named_backends, prefill
 
     if unserved := layers.unserved_feature(runner):
         feature, instead = unserved
@@ -61,7 +61,7 @@ def create_backend(runner: Any) -> Any:
     from .cuda_backend import FiPrefetchAttnBackend
 
     backend = FiPrefetchAttnBackend(runner)
-    prefill, _ = named_backends.chosen(runner)
-    if backend.enable_deterministic and prefill == NAME:
+    chosen_prefill, _ = named_backends.chosen(runner)
+    if backend.enable_deterministic and chosen_prefill == NAME:
         named_backends.align_prefill_chunks()
-    return backend
+    return prefill.beside(runner, backend)

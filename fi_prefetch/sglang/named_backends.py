@@ -25,6 +25,16 @@ def chosen(runner: Any) -> tuple[str, str]:
     return prefill, decode
 
 
+def default(runner: Any) -> str:
+    """The name of the backend that SGLang chooses for this model and GPU where no flag names one."""
+    asked = (runner.use_mla_backend, runner.model_config)
+    try:
+        from sglang.srt.arg_groups.model_override_base import get_default_attn_backend
+    except ImportError:  # 0.5.16 has it in `ServerArgs`
+        return str(runner.server_args._get_default_attn_backend(*asked))
+    return str(get_default_attn_backend(runner.server_args, *asked))
+
+
 def requests_share_slots(runner: Any) -> bool:
     """Whether there is a radix cache, through which requests read the same KV, as SGLang resolved it from its flags.
 

@@ -40,6 +40,8 @@ sys.path.insert(0, str(HERE))
 import engines  # noqa: E402
 import models  # noqa: E402
 
+from fi_prefetch.bench.shapes import spread_lens  # noqa: E402
+
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 SHORT = 8
 # Answers of so many tokens are timed once.
@@ -109,6 +111,12 @@ CASES: dict[str, list[Case]] = {
         *uniform("llama-2-7b", (1, 16, 64), (1024, 2048), 136, BOTH),
     ],
     "skewed": [Case("llama-3-8b", ((65536, 1), (4096, 31)), 136, dtype) for dtype in BOTH],
+    # Requests of all lengths, as a server has them.
+    "mixed": [
+        Case("llama-3-8b", spread_lens(*spread), 136, dtype)
+        for dtype in BOTH
+        for spread in ((64, 128, 8192), (128, 64, 2048))
+    ],
     "shapes": [
         *uniform("qwen2.5-7b", (1, 16, 64), (2048,), 136, BOTH),
         *uniform("llama-3-70b-tp8-slice", (1, 16, 64), (2048, 8192), 136, BOTH),
@@ -394,7 +402,7 @@ def run_engine(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["default", "skewed"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["default", "skewed", "mixed"])
     parser.add_argument("--backends", nargs="+", choices=engines.BACKENDS, default=list(DEFAULT_BACKENDS))
     parser.add_argument("--models", nargs="+", choices=models.SHAPES, help="only these")
     parser.add_argument("--kv-dtypes", nargs="+", choices=BOTH, help="only these")

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# What each name in a result file was started with. fi_prefetch decodes; the prefill beside it is FlashInfer's, or FA3's
-# under the longer name.
+# What each name in a result file was started with. fi_prefetch decodes; the prefill beside it is SGLang's default, or
+# FlashInfer's under the longer name.
 BACKENDS: dict[str, dict[str, str]] = {
     "fi_prefetch": {"attention_backend": "fi_prefetch"},
     "fi_prefetch+window": {"attention_backend": "fi_prefetch"},
-    "fa3+fi_prefetch": {"prefill_attention_backend": "fa3", "decode_attention_backend": "fi_prefetch"},
+    "flashinfer+fi_prefetch": {"prefill_attention_backend": "flashinfer", "decode_attention_backend": "fi_prefetch"},
     "fa3": {"attention_backend": "fa3"},
     "flashinfer": {"attention_backend": "flashinfer"},
     "triton": {"attention_backend": "triton"},
@@ -29,7 +29,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {"fi_prefetch+window": {"FI_PREFETCH_S
 ATTENTION_KERNELS: dict[str, re.Pattern[str]] = {
     "fi_prefetch": re.compile(r"\bdecode_kernel\b"),
     "fi_prefetch+window": re.compile(r"\bdecode_kernel\b"),
-    "fa3+fi_prefetch": re.compile(r"\bdecode_kernel\b"),
+    "flashinfer+fi_prefetch": re.compile(r"\bdecode_kernel\b"),
     "fa3": re.compile(r"FlashAttnFwd|FlashAttnFwdCombine|prepare_varlen_num_blocks"),
     "flashinfer": re.compile(r"BatchDecodeWithPagedKVCache|BatchPrefillWithPagedKVCache|VariableLengthMergeStates"),
     "triton": re.compile(r"_fwd_(grouped_)?kernel_stage[12]"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fi_prefetch.schedule import Partition, Schedule, active_blocks, request_tiles
+from fi_prefetch.schedule import Partition, Schedule, active_blocks, request_tiles, tiles_of_a_block
 
 
 @given(tiles=st.integers(1, 2**32 - 1), workers=st.integers(1, 8192))
@@ -36,7 +36,7 @@ def test_pieces_differ_by_one_tile(tiles, workers):
     equal=st.integers(0, 2**31),
 )
 def test_every_working_block_has_a_tile(tiles, blocks, warps, min_tiles, equal):
-    working = active_blocks(tiles, blocks, warps, min_tiles, min(equal, tiles))
+    working = active_blocks(tiles, tiles_of_a_block(tiles, blocks, warps, min_tiles, min(equal, tiles)))
     assert working <= blocks
     partition = Partition(tiles, working * warps)
     for block in {0, working // 2, working - 1}:

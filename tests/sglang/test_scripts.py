@@ -349,12 +349,12 @@ def test_noise_is_not_known_from_a_backend_with_our_decode() -> None:
     given = Synthetic("auto")
     found = {
         ("auto", name): correctness.Answered({"load": one})
-        for name, one in (("fi_prefetch", given.ours), ("fa3+fi_prefetch", given.flashinfer), ("fa3", given.fa3))
+        for name, one in (("fi_prefetch", given.ours), ("flashinfer+fi_prefetch", given.flashinfer), ("fa3", given.fa3))
     }
-    judged = correctness.compare_backends("load", "auto", found, ["fa3+fi_prefetch", "fa3"])
+    judged = correctness.compare_backends("load", "auto", found, ["flashinfer+fi_prefetch", "fa3"])
     assert {name for name in judged if "against" in name} == {
         "auto: fi_prefetch against fa3",
-        "auto: fa3+fi_prefetch against fa3",
+        "auto: flashinfer+fi_prefetch against fa3",
     }
     assert all("quantiles" in one["judged_by"] for name, one in judged.items() if "against" in name)
 

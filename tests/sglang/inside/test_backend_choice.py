@@ -26,13 +26,20 @@ def runner(**changes: Any) -> Any:
         "use_mla_backend": False,
         "device": "cuda",
         "spec_algorithm": SimpleNamespace(is_none=lambda: True),
-        "server_args": SimpleNamespace(dcp_size=1),
+        "server_args": arguments(),
+        "kv_cache_dtype": torch.bfloat16,
         "prefill_attention_backend_str": "fi_prefetch",
         "decode_attention_backend_str": "fi_prefetch",
         "is_draft_worker": False,
         "model": torch.nn.ModuleList([attention(0)]),
         "model_config": SimpleNamespace(has_attention_sinks=False, attention_chunk_size=None),
     }
+    return SimpleNamespace(**facts | changes)
+
+
+def arguments(**changes: Any) -> Any:
+    """ServerArgs of `--attention-backend fi_prefetch`, as far as they are looked at."""
+    facts = {"dcp_size": 1, "prefill_attention_backend": None, "decode_attention_backend": None}
     return SimpleNamespace(**facts | changes)
 
 
@@ -107,6 +114,7 @@ def test_prefill_is_cut_where_it_is_deterministic_and_flashinfers(
 ) -> None:
     """By what SGLang resolved: --rl-on-policy-target, too, makes inference deterministic."""
     monkeypatch.setattr("sglang.srt.utils.is_flashinfer_available", lambda: True)
+    monkeypatch.setattr(named_backends, "default", lambda its_runner: "flashinfer")
     made = SimpleNamespace(enable_deterministic=deterministic)
     monkeypatch.setattr(cuda_backend, "FiPrefetchAttnBackend", lambda its_runner: made)
     calls: list[int] = []
@@ -130,6 +138,82 @@ def test_names_of_the_backends_are_those_that_sglang_resolved() -> None:
         assert hasattr(ServerArgs, "get_attention_backends")
 
 
+SPECULATIVE = SimpleNamespace(is_none=lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "deterministic", "default", "prefill"),
+    [
+        ({}, False, "fa3", "fa3"),
+        ({"kv_cache_dtype": torch.float8_e4m3fn}, False, "fa3", "fa3"),
+        ({}, False, "flashinfer", "flashinfer"),
+        ({}, False, "trtllm_mha", "flashinfer"),
+        ({"kv_cache_dtype": torch.float8_e5m2}, False, "fa3", "flashinfer"),
+        ({"spec_algorithm": SPECULATIVE}, False, "fa3", "flashinfer"),
+        ({}, True, "fa3", "flashinfer"),
+        # SGLang makes two backends of two names itself, of each name its own.
+        ({"server_args": arguments(prefill_attention_backend="fi_prefetch")}, False, "fa3", "flashinfer"),
+        ({"server_args": arguments(decode_attention_backend="fi_prefetch")}, False, "fa3", "flashinfer"),
+        ({"prefill_attention_backend_str": "flashinfer"}, False, "fa3", "flashinfer"),
+        ({"decode_attention_backend_str": "triton"}, False, "fa3", "flashinfer"),
+    ],
+)
+def test_prefill_is_sglangs_default_where_that_is_flash_attention(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    deterministic: bool,
+    default: str,
+    prefill: str,
+) -> None:
+    from sglang.srt.layers.attention import hybrid_attn_backend
+
+    monkeypatch.setattr("sglang.srt.utils.is_flashinfer_available", lambda: True)
+    ours = SimpleNamespace(enable_deterministic=deterministic)
+    monkeypatch.setattr(cuda_backend, "FiPrefetchAttnBackend", lambda its_runner: ours)
+    for name in ("align_prefill_chunks", "draft_with_flashinfer"):
+        monkeypatch.setattr(named_backends, name, lambda: None)
+    monkeypatch.setattr(named_backends, "default", lambda its_runner: default)
+    monkeypatch.setitem(ATTENTION_BACKENDS, "fa3", lambda its_runner: ("fa3's", its_runner))
+    monkeypatch.setattr(hybrid_attn_backend, "HybridAttnBackend", lambda *args, **kwargs: (args, kwargs))
+    given = runner(**changes)
+    with caplog.at_level(logging.INFO, "fi_prefetch"):
+        made = create_backend(given)
+    if prefill == "fa3":
+        assert made == ((given,), {"prefill_backend": ("fa3's", given), "decode_backend": ours})
+        assert "--prefill-attention-backend flashinfer" in caplog.text
+    else:
+        assert made is ours
+        assert "FlashAttention-3" not in caplog.text
+
+
+def test_two_backends_are_put_together_as_sglang_does() -> None:
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    expected = ["self", "model_runner", "prefill_backend", "decode_backend"]
+    assert list(inspect.signature(HybridAttnBackend.__init__).parameters) == expected
+
+
+def test_sglangs_default_on_hopper_is_flash_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By SGLang's own function, of which only the answer to what GPU this is is made up."""
+    from sglang.srt import server_args
+    from sglang.srt.configs.model_config import ModelConfig
+
+    (tmp_path / "config.json").write_text(json.dumps(tiny_models.CONFIGS["llama"]))
+    model = str(tmp_path)
+    parsed = server_args.prepare_server_args(["--model-path", model, "--device", "cpu", "--attention-backend", "triton"])
+    facts = SimpleNamespace(use_mla_backend=False, model_config=ModelConfig(model), server_args=parsed)
+    assert named_backends.default(facts) != "fa3"
+    try:
+        from sglang.srt.arg_groups import model_override_base
+    except ImportError:
+        monkeypatch.setattr(server_args, "is_hopper_with_cuda_12_3", lambda: True)
+    else:
+        platform = SimpleNamespace(is_hopper_with_cuda_12_3=True)
+        monkeypatch.setattr(model_override_base, "get_platform", lambda: platform)
+    assert named_backends.default(facts) == "fa3"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -149,7 +233,7 @@ def test_names_of_the_backends_are_those_that_sglang_resolved() -> None:
             "has attention temperatures that depend on the position, .*--attention-backend triton",
         ),
         (
-            {"server_args": SimpleNamespace(dcp_size=2)},
+            {"server_args": arguments(dcp_size=2)},
             r"has decode context parallelism \(--dcp-size\), .*--attention-backend triton",
         ),
     ],
