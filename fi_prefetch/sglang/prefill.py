@@ -1,8 +1,8 @@
 """Which backend prefills beside our decode where no flag names one.
 
-On Hopper SGLang prefills with FlashAttention-3 by default, and who adds `--attention-backend fi_prefetch` for its decode
-must not lose that: FlashInfer's prefill takes longer there, the longer the prompt the more (docs/sglang.md). So the two
-are put together as SGLang does for `--prefill-attention-backend fa3`.
+On Hopper SGLang prefills with FlashAttention-3 by default, and who adds `--attention-backend fi_prefetch` for its
+decode must not lose that: FlashInfer's prefill takes longer there, the longer the prompt the more (docs/sglang.md). So
+the two are put together as SGLang does for `--prefill-attention-backend fa3`.
 """
 
 from __future__ import annotations

@@ -770,6 +770,7 @@ def test_sglangs_steps_give_a_table_and_a_plot(tmp_path: Path) -> None:
     # Ours in other company is none of the others.
     both["ms_per_step"]["fi_prefetch+window"] = 7.5
     both["attention_ms"] = {"fi_prefetch": 1.5, "fa3": 2.0, "flashinfer": 2.75}
+    both["tokens_per_s"] = {"fi_prefetch": 1050.0, "fa3": 900.0, "flashinfer": 1000.0, "fi_prefetch+window": 1100.0}
     alone = SERVED | {"tp": 2, "context": [[65536, 1], [4096, 31]], "kv_dtype": "fp8_e4m3"}
     alone["ms_per_step"] = {"fi_prefetch": 7.126}
     result = {**HEADER, "rows": [both, alone]}
@@ -777,8 +778,8 @@ def test_sglangs_steps_give_a_table_and_a_plot(tmp_path: Path) -> None:
     [table] = tables.tables(result)
     assert list(table.columns[3:7]) == ["fi_prefetch", "fa3", "flashinfer", "fi_prefetch+window"]
     assert [list(line) for line in table.rows] == [
-        ["llama-3-8b", "bf16", "16 x 2K", "8.00", "10.00", "9.00", "7.50", "1.125", "21%", "80%"],
-        ["llama-3-8b TP-2", "fp8", "1 x 64K + 31 x 4K", "7.13", "-", "-", "-", "-", "-", "-"],
+        ["llama-3-8b", "bf16", "16 x 2K", "8.00", "10.00", "9.00", "7.50", "1.125", "1.050", "21%", "80%"],
+        ["llama-3-8b TP-2", "fp8", "1 x 64K + 31 x 4K", "7.13", "-", "-", "-", "-", "-", "-", "-"],
     ]
     [picture] = report.plot(result, tmp_path)
     assert report.digest(result).encode() in picture.read_bytes()

@@ -201,7 +201,8 @@ def test_sglangs_default_on_hopper_is_flash_attention(monkeypatch: pytest.Monkey
 
     (tmp_path / "config.json").write_text(json.dumps(tiny_models.CONFIGS["llama"]))
     model = str(tmp_path)
-    parsed = server_args.prepare_server_args(["--model-path", model, "--device", "cpu", "--attention-backend", "triton"])
+    flags = ["--model-path", model, "--device", "cpu", "--attention-backend", "triton"]
+    parsed = server_args.prepare_server_args(flags)
     facts = SimpleNamespace(use_mla_backend=False, model_config=ModelConfig(model), server_args=parsed)
     assert named_backends.default(facts) != "fa3"
     try:
