@@ -165,6 +165,8 @@ def test_backend_says_at_start_what_serves(answers: Answers, model: str) -> None
     assert "fi_prefetch: kernel reference: SGLang runs on the CPU" in answers.log(f"{model} fi_prefetch")
     log = answers.log(f"{model} gpu path")
     assert re.search(r"fi_prefetch: kernel reference: .* ready=plan: ", log)
+    # Gemma's flags name a backend for prefill.
+    assert ("fi_prefetch: prefill is FlashAttention-3's" in log) == (model == "llama")
 
 
 @pytest.mark.parametrize(("model", "rows", "graph"), [("llama", 1, 2), ("llama", 3, 4), ("gemma2", 4, 4)])

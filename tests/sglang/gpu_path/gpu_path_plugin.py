@@ -3,7 +3,8 @@
 The attention backend `fi_prefetch_gpu_path` is `FiPrefetchAttnBackend` with three things put in the place of a GPU:
 what asks for CUDA or pinned memory gets the CPU's, SGLang's Triton kernels run in Triton's interpreter
 (TRITON_INTERPRET=1), and the wrapper runs the reference. Prefill, for which there is no such substitute, is SGLang's
-torch_native. Everything else is the real thing: SGLang's FlashInfer backend, its page-table kernels and our overrides.
+torch_native, in the place of FlashAttention-3, as if this were a Hopper GPU. Everything else is the real thing:
+SGLang's FlashInfer backend, its page-table kernels and our overrides.
 
 CUDA graphs are played out as far as metadata goes. A decode step of at most `GRAPH_BATCH` requests is padded to a
 batch size that was "captured" once, is prepared with `init_forward_metadata_out_graph`, and then runs with the wrapper
@@ -63,15 +64,19 @@ def import_flashinfer_backend() -> None:
 
 def create(runner: Any) -> Any:
     import_flashinfer_backend()
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.layers.attention.flashinfer_backend import DecodeMetadata
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from fi_prefetch.sglang import named_backends
+    from fi_prefetch.sglang import named_backends, prefill
     from fi_prefetch.sglang.cuda_backend import FiPrefetchAttnBackend
     from fi_prefetch.sglang.decode_wrapper import ServedDecodeWrapper
 
     named_backends.do_without_triton()
+    named_backends.default = lambda runner: "fa3"
+    prefill.NAME = NAME
+    register_attention_backend("fa3")(TorchNativeAttnBackend)
 
     class GpuPathBackend(FiPrefetchAttnBackend):
         def __init__(self) -> None:
@@ -102,8 +107,6 @@ def create(runner: Any) -> Any:
         def init_forward_metadata(self, forward_batch: Any) -> None:
             self._native.init_forward_metadata(forward_batch)
             self._rows = None
-            if not forward_batch.forward_mode.is_decode_or_idle():
-                return
             with CpuForCuda():
                 if forward_batch.batch_size > GRAPH_BATCH:
                     super().init_forward_metadata(forward_batch)
@@ -139,9 +142,6 @@ def create(runner: Any) -> Any:
             self._rows = bs
             logger.info("gpu_path: decode of %d by the graph of %d", raw, bs)
 
-        def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return self._native.forward_extend(*args, **kwargs)
-
         def forward_decode(
             self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
         ) -> torch.Tensor:
@@ -158,7 +158,7 @@ def create(runner: Any) -> Any:
         plan(wrapper, *args, **kwargs)
 
     ServedDecodeWrapper.plan = counted_plan
-    return GpuPathBackend()
+    return prefill.beside(runner, GpuPathBackend())
 
 
 # Plans of CUDA-graph wrappers so far, by batch size.
