@@ -49,7 +49,8 @@ def create_backend(runner: Any) -> Any:
     if not is_flashinfer_available():
         raise ValueError(
             "--attention-backend fi_prefetch: SGLang finds no FlashInfer (or SGLANG_IS_FLASHINFER_AVAILABLE turns it "
-            "off), whose prefill this backend uses; install flashinfer-python or start with --attention-backend triton"
+            "off), on whose backend this one is built; install flashinfer-python or start with "
+            "--attention-backend triton"
         )
     if not runner.spec_algorithm.is_none():
         named_backends.draft_with_flashinfer()

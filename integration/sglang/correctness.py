@@ -73,7 +73,8 @@ import models  # noqa: E402
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 RESULT_FILE = "sglang_correctness.json"
 OURS = "fi_prefetch"
-# The first does the same arithmetic as ours; `fa3` also makes 8-bit numbers of the queries where the cache has such.
+# The first decodes with the same arithmetic as ours; `fa3`, which prefills beside ours where it is SGLang's default,
+# also makes 8-bit numbers of the queries where the cache has such.
 THEIRS = ("flashinfer", "fa3")
 # Log-probabilities differ by more than this in few tokens.
 NOISE = {"auto": 0.15, "fp8_e4m3": 0.4}

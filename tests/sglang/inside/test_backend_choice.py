@@ -138,9 +138,6 @@ def test_names_of_the_backends_are_those_that_sglang_resolved() -> None:
         assert hasattr(ServerArgs, "get_attention_backends")
 
 
-SPECULATIVE = SimpleNamespace(is_none=lambda: False)
-
-
 @pytest.mark.parametrize(
     ("changes", "deterministic", "default", "prefill"),
     [
@@ -149,7 +146,7 @@ SPECULATIVE = SimpleNamespace(is_none=lambda: False)
         ({}, False, "flashinfer", "flashinfer"),
         ({}, False, "trtllm_mha", "flashinfer"),
         ({"kv_cache_dtype": torch.float8_e5m2}, False, "fa3", "flashinfer"),
-        ({"spec_algorithm": SPECULATIVE}, False, "fa3", "flashinfer"),
+        ({"spec_algorithm": SimpleNamespace(is_none=lambda: False)}, False, "fa3", "flashinfer"),
         ({}, True, "fa3", "flashinfer"),
         # SGLang makes two backends of two names itself, of each name its own.
         ({"server_args": arguments(prefill_attention_backend="fi_prefetch")}, False, "fa3", "flashinfer"),
