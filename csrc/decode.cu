@@ -119,6 +119,15 @@ struct Plan {
 
 uint32_t shared_bytes(int64_t warps, int64_t rows) { return SharedMemory<AnyTraits>::bytes(warps, rows); }
 
+/// See DecodeParams. Where requests differ a block shares one with the blocks before it and one with those after it.
+/// Row by row their merges take turns if there are more rows than warps, of 2.2 us each, and a warp that adds up all
+/// rows takes no longer than one: mixed lengths with 7 or 8 rows are 1 to 19 % faster, with fp8 KV up to 23 %, with 16
+/// rows 9 to 31 %. With more than 24 pieces eight rows lose up to 5 % where requests end with blocks (H200).
+int64_t few_pieces(int64_t rows, int64_t warps) {
+  if (2 * rows <= warps) return 0;
+  return rows <= 8 ? 24 : 64;
+}
+
 /// The bytes of partials and of counters that blocks or warps need to meet, for `rows` query rows a kv head.
 struct Meeting {
   int64_t partial_bytes;
@@ -133,9 +142,10 @@ Meeting meeting_of_rows(int64_t slots, int64_t counters, int64_t rows) {
 /// Of the decode kernel: of its blocks, or of its warps where they read kv heads abreast.
 Meeting meeting_of(const Plan& plan, int64_t rows) {
   Meeting meeting = meeting_of_rows(2 * plan.blocks, 3 * plan.blocks, rows);
+  const int64_t saved = rows <= 8 ? WarpAttention<Traits<1>>::kSavedBytes : WarpAttention<Traits<2>>::kSavedBytes;
+  if (few_pieces(rows, plan.warps) > 0) meeting.partial_bytes += 2 * plan.blocks * saved;
   if (plan.abreast_log2 > 0) {
     const int64_t warps = plan.blocks * plan.warps;
-    const int64_t saved = rows <= 8 ? WarpAttention<Traits<1>>::kSavedBytes : WarpAttention<Traits<2>>::kSavedBytes;
     meeting.partial_bytes = std::max(meeting.partial_bytes, 2 * warps * saved);
     meeting.counter_bytes = std::max<int64_t>(meeting.counter_bytes, warps * sizeof(int32_t));
   }
@@ -429,6 +439,7 @@ Plan set_work(DecodeParams& p, const Array<int64_t>& info, int64_t rows, int64_t
   p.window_left = std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max() / 2);
   p.min_tiles_per_warp = made.tiles;
   p.abreast_log2 = made.abreast_log2;
+  p.few_pieces = few_pieces(rows, made.warps);
   return made;
 }
 

@@ -63,9 +63,9 @@ FI_PREFETCH_DEVICE Share share_of(const Partition& partition, uint32_t request, 
   share.first = partition.last_at_or_before(begin, own, workers);
   share.count = partition.last_before(end, own, workers) - share.first + 1;
   const bool is_first = !abreast && (share.warps & ((1u << warp_index()) - 1)) == 0;
-  // A block may have several such shares, and the rows of them all would take turns in its merge, of about 0.8 us
-  // (H100). The first of up to eight warps would be at it as long as a turn.
-  share.alone = is_first && share.count == 1 && __popc(share.warps) <= 4;
+  // A block may have several shares, and the rows of them all would take turns in its merge, of 0.8 us, or 2.2 where
+  // blocks meet (H200). The first of up to eight warps would be at it as long as a turn.
+  share.alone = is_first && (partition.few || (share.count == 1 && __popc(share.warps) <= 4));
   share.leads = is_first && !share.alone;
   return share;
 }
@@ -115,6 +115,7 @@ FI_PREFETCH_DEVICE void count_running(const DecodeParams& p, int32_t change) {
   if (p.running != nullptr && threadIdx.x == 0) ptx::add_relaxed(p.running, change);
 }
 
+/// The request of row `r`: what plan() noted of it, or what the page table says now.
 template <typename T>
 FI_PREFETCH_DEVICE Request request_at(const DecodeParams& p, uint32_t r) {
   if constexpr (T::kPlanned) return load_planned_request(p, r);
@@ -142,9 +143,9 @@ FI_PREFETCH_DEVICE void write_empty_requests(const DecodeParams& p) {
 }
 
 /// Puts away what the warp computed of a request and head, when its last tile in the warp's piece is done: to the
-/// output if no other warp has a tile of it, else to shared memory for the block's merge, or to where it meets the
-/// other warps by itself. What merge_own_share() goes on with stays where it is. `begin` and `end`: where the request
-/// and head's tiles are on the line.
+/// output if no other warp has a tile of it, else to shared memory for the block's merge, or to where it meets others
+/// by itself. What merge_own_share() goes on with stays where it is. `begin` and `end`: where the request and head's
+/// tiles are on the line.
 template <typename T>
 FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Work<T::kWindow>& work, const Run& run, uint32_t begin,
                                  uint32_t end, WarpAttention<T>& attention, const SharedMemory<T>& shared) {
@@ -154,20 +155,21 @@ FI_PREFETCH_DEVICE void put_away(const DecodeParams& p, const Work<T::kWindow>& 
   const bool abreast = work.partition.abreast_log2 > 0;
   const uint32_t warp = warp_index();
   const Share& share = (goes_on ? shared.right_shares : shared.left_shares)[warp];
-  if (!has_all && !abreast) {
+  const bool meets_now = abreast || (share.alone && !goes_on);  // or blocks before this one have the rest
+  if (!has_all && !meets_now) {
     if (share.alone) return;
     // What goes on is the piece's last: its ring holds no other tile, and after the barrier no lane reads this one.
     __syncwarp();
     attention.write_partial(goes_on ? shared.right_partial(warp) : shared.left_partial(warp, p.group_size * p.q_len));
     return;
   }
-  if (has_all || meet_other_warps<T>(p, share, work.partition.abreast_log2, attention)) {
+  if (has_all || meet_others<T>(p, share, work.partition.abreast_log2, attention)) {
     attention.write_output(run.request, run.head);
   }
 }
 
-/// Merges what this warp has begun, and a few others of its block have gone on with, and writes it out. Collective over
-/// the warp, after the block's barrier.
+/// Merges what this warp has begun, and others of its block have gone on with, meets the other blocks that have tiles
+/// of it, and writes it out. Collective over the warp, after the block's barrier.
 template <typename T>
 FI_PREFETCH_DEVICE void merge_own_share(const DecodeParams& p, const SharedMemory<T>& shared,
                                         WarpAttention<T>& attention) {
@@ -180,6 +182,7 @@ FI_PREFETCH_DEVICE void merge_own_share(const DecodeParams& p, const SharedMemor
     const bool goes_on = share.goes_on >> other & 1;
     attention.add_partial(goes_on ? shared.right_partial(other) : shared.left_partial(other, p.group_size * p.q_len));
   }
+  if (share.count > 1 && !meet_others<T>(p, share, 0, attention)) return;
   attention.write_output(share.request, share.head);
 }
 

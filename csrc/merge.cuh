@@ -2,8 +2,9 @@
 // the splits, so the result does not depend on who finished first.
 //
 // Warps meet in shared memory at the block's end. Blocks meet in global memory, row by row: each leaves a partial and
-// counts itself; the one that finds the others there merges. Warps that read kv heads abreast meet those of other
-// blocks in the same way, each by itself. Nobody waits for another, so no order of execution can hang.
+// counts itself; the one that finds the others there merges. Where shares are of few pieces one warp of each block
+// meets others for all rows at once, and warps that read kv heads abreast each do so by themselves. Nobody waits for
+// another, so no order of execution can hang.
 #pragma once
 
 #include "attention.cuh"
@@ -19,7 +20,7 @@ struct __align__(16) Share {
   uint8_t warps;    // of this block that have tiles of it: a bit each
   uint8_t goes_on;  // those of them after which it goes on in another warp
   bool leads;       // the warp that keeps this is the first of `warps`, and the block merges it row by row
-  bool alone;       // this warp merges it by itself, all rows at once and in its registers; then nobody leads
+  bool alone;       // this warp merges what the block has, all rows at once and in its registers; then nobody leads
 };
 
 /// A query row's sums over several splits; lane l has the dimensions from l * kVector.
@@ -211,20 +212,23 @@ FI_PREFETCH_DEVICE void merge_share(const DecodeParams& p, const Share& share, u
   }
 }
 
-/// Meets the warps of other workers that have tiles of a request and head: leaves what this one has in global memory.
-/// The last warp to come adds it all up, in the order of the pieces, and is told so by true. A warp has two places
-/// there: for what it shares with warps before it, and for what begins in its piece and goes on after it. Collective
-/// over the warp.
+/// Meets the others that have tiles of a request and head: warps that read heads abreast, or blocks, for each of which
+/// one warp comes. Leaves what this one has in global memory. The last to come adds it all up, in the order of the
+/// pieces, and is told so by true. Each has two places there: for what it shares with others before it, and for what
+/// begins with it and goes on after it. Those of blocks are behind the rows', and they count themselves where a first
+/// row would. Collective over the warp.
 template <typename T>
-FI_PREFETCH_DEVICE bool meet_other_warps(const DecodeParams& p, const Share& share, uint32_t abreast_log2,
-                                         WarpAttention<T>& attention) {
-  const uint32_t own = warp_number(), step = 1u << abreast_log2;
+FI_PREFETCH_DEVICE bool meet_others(const DecodeParams& p, const Share& share, uint32_t abreast_log2,
+                                    WarpAttention<T>& attention) {
+  const bool abreast = abreast_log2 > 0;
+  const uint32_t own = abreast ? warp_number() : blockIdx.x, step = 1u << abreast_log2, rows = p.group_size * p.q_len;
   const uint32_t first = share.first * step + own % step, count = share.count;
-  const auto place = [&](uint32_t warp) {
-    return reinterpret_cast<float4*>(p.partials) + (2 * warp + (warp == first)) * WarpAttention<T>::kSavedVectors;
+  const uint32_t before = abreast ? 0 : partial_offset<T>(2 * gridDim.x, rows, 0);
+  const auto place = [&](uint32_t i) {
+    return reinterpret_cast<float4*>(p.partials + before) + (2 * i + (i == first)) * WarpAttention<T>::kSavedVectors;
   };
   attention.save(place(own));
-  if (!arrive(p.counters + first, count)) return false;
+  if (!arrive(p.counters + (abreast ? first : (2 * first + 1) * rows), count)) return false;
   attention.forget();
 #pragma unroll 1
   for (uint32_t i = 0; i < count; ++i) attention.add_saved(place(first + i * step));

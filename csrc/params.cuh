@@ -54,9 +54,10 @@ struct Request;
 struct DecodeParams {
   PageTable table;
   int32_t num_kv_heads;
-  uint32_t min_tiles_per_warp;      // fewer blocks work when there is less than this to do; 0: the kernel chooses
-  uint32_t abreast_log2;            // log2 of the kv heads that neighbouring warps may read abreast
-  const PlannedWork* planned;       // [gridDim.x * warps]: what plan() worked out of this table; null: the kernel does
+  uint32_t min_tiles_per_warp;  // fewer blocks work when there is less than this to do; 0: the kernel chooses
+  uint32_t few_pieces;          // where no request and head has more, a warp of each block meets others for all rows
+  uint32_t abreast_log2;        // log2 of the kv heads that neighbouring warps may read abreast
+  const PlannedWork* planned;   // [gridDim.x * warps]: what plan() worked out of this table; null: the kernel does
   const Request* planned_requests;  // [batch_size], with `planned`
   int32_t dependent_launch;         // 1: kernels before this one may still run when it starts
   int32_t q_len;                    // query tokens per request, the newest of it (bottom-right causal)
@@ -79,9 +80,11 @@ struct DecodeParams {
   void* o;             // [batch * q_len, num_qo_heads, HEAD_DIM], contiguous
   float* lse;          // [batch * q_len, num_qo_heads], base 2, or null
   const float* sinks;  // [num_qo_heads] or null
-  float* partials;     // [2 * gridDim.x, rows, HEAD_DIM + 4], or of warps: [2 * warps, WarpAttention::kSavedVectors]
-  int32_t* counters;   // [3 * gridDim.x, rows], or one a warp; zero between calls
-  int32_t* running;    // counts the blocks that read KV now, for a window's prefetch to give way; null: nobody asks
+  /// [2 * gridDim.x, rows, HEAD_DIM + 4], and with few_pieces [2 * gridDim.x, WarpAttention::kSavedVectors] behind it;
+  /// or of warps: [2 * warps, WarpAttention::kSavedVectors]
+  float* partials;
+  int32_t* counters;  // [3 * gridDim.x, rows], or one a warp; zero between calls
+  int32_t* running;   // counts the blocks that read KV now, for a window's prefetch to give way; null: nobody asks
   // Only read with rotary positions:
   double rope_turns;  // by which the first pair of dimensions is turned from token to token: 1 / (2 pi rope_scale)
   double rope_ratio;  // of a pair of dimensions' turns to those of the pair before it: rope_theta^(-2 / HEAD_DIM)

@@ -28,7 +28,7 @@ struct Work {
     TileCursor<WINDOW>& first = piece.first;
     Request& request = first.request;
     visit(partition.tiles), visit(partition.workers), visit(partition.share), visit(partition.abreast_log2);
-    visit(partition.split_tiles), visit(partition.gap), visit(some_request_is_empty);
+    visit(partition.split_tiles), visit(partition.gap), visit(partition.few), visit(some_request_is_empty);
     visit(piece.begin), visit(piece.end), visit(piece.count), visit(piece.split), visit(piece.splits);
     visit(first.request_index), visit(first.head), visit(first.tile), visit(first.head_step);
     visit(request.page_begin), visit(request.length), visit(request.first_token), visit(request.tiles);

@@ -328,15 +328,17 @@ struct Partition {
   uint32_t abreast_log2;  // a worker is this many neighbouring warps (log2)
   uint32_t split_tiles;   // at most so many in a split; 1: the line is one of tiles
   uint32_t gap;           // empty places before the first tile of every request and head
+  uint32_t few;           // 1: requests differ, and none has more pieces a head than p.few_pieces
 
   FI_PREFETCH_DEVICE Partition(uint32_t tiles_, uint32_t workers_, uint32_t abreast_log2_ = 0,
-                               uint32_t split_tiles_ = 1, uint32_t gap_ = 0)
+                               uint32_t split_tiles_ = 1, uint32_t gap_ = 0, uint32_t few_ = 0)
       : tiles(tiles_),
         workers(workers_),
         share(0xffffffffu / workers_ + 1),
         abreast_log2(abreast_log2_),
         split_tiles(split_tiles_),
-        gap(gap_) {}
+        gap(gap_),
+        few(few_) {}
 
   FI_PREFETCH_DEVICE uint32_t warps() const { return workers << abreast_log2; }
 
@@ -483,9 +485,10 @@ FI_PREFETCH_DEVICE Partition cut(const DecodeParams& p, Scan& scan, uint32_t blo
   const uint32_t gap = is_whole ? 0 : gap_of_line(scan, line, working * workers, piece, tile_bytes);
   if (is_whole || gap > 0) scan.cut_again(whole.most_tiles, gap);
   const uint32_t pieces = whole.total * p.num_kv_heads;
-  if (is_whole) return Partition(pieces, pieces, 0, whole.most_tiles);
+  const bool few = log2 == 0 && scan.longest() <= p.few_pieces * (is_whole ? whole.most_tiles : piece);
+  if (is_whole) return Partition(pieces, pieces, 0, whole.most_tiles, 0, few);
   const uint32_t gaps = gap > 0 ? gap * scan.with_tiles(p.table.batch_size) * (p.num_kv_heads >> log2) : 0;
-  return Partition(line + gaps, working * workers, log2, 1, gap);
+  return Partition(line + gaps, working * workers, log2, 1, gap, few);
 }
 
 /// Walks the line of tiles. The same values in every lane of the warp.

@@ -59,6 +59,7 @@ static DecodeParams params(const void* q, void* o, float* lse, const float* sink
   p.group_inverse = 65536 / p.group_size + 1;
   p.q_len = n[17];
   p.window_left = n[18]; p.min_tiles_per_warp = n[19]; p.dependent_launch = n[25]; p.abreast_log2 = n[26];
+  p.few_pieces = n[28];
   p.scale_log2 = x[0]; p.inverse_cap = x[1]; p.v_scale = x[2]; p.rope_turns = x[3]; p.rope_ratio = x[4];
   p.partials = partials; p.counters = counters;
   p.levers = {int32_t(n[20]), int32_t(n[21]), int32_t(n[22]), int32_t(n[23]), int32_t(n[24])};
@@ -158,6 +159,7 @@ class Problem:
     warps: int = 4
     min_tiles: int = 1
     abreast_log2: int = 0
+    few_pieces: int = 0
     plans: bool = False  # what warps do is worked out by a kernel of its own before; and what happens then
     after_plan: Callable[[], None] | None = None
     seed: int = 0
@@ -231,7 +233,8 @@ def arguments(problem: Problem):
     slots, meetings = (2 * p.blocks, 3 * p.blocks) if p.split_tiles is None else (p.most_splits, p.most_splits)
     warps = p.blocks * p.warps if p.abreast_log2 else 0
     saved = 128 * -(-p.rows // 8) * (p.q.shape[2] // 16 + 1)
-    partials, partials_buffer = guarded((max(slots * p.rows * stride, 2 * warps * saved),), torch.float32)
+    of_blocks = slots * p.rows * stride + (2 * p.blocks * saved if p.few_pieces else 0)
+    partials, partials_buffer = guarded((max(of_blocks, 2 * warps * saved),), torch.float32)
     counters = torch.zeros(max(meetings * p.rows, warps, 1), dtype=torch.int32)
     itemsize = p.k.element_size()
     byte_strides = [s * itemsize for t in (p.k, p.v) for s in (t.stride(0), t.stride(1), t.stride(2))]
@@ -243,7 +246,7 @@ def arguments(problem: Problem):
          len(p.last_page_len), len(p.indices), p.k.shape[0], page_size,
          page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else -1,
          p.q.shape[1], p.k.shape[2], p.q_len, p.window_left, p.min_tiles, *p.levers,
-         int(p.dependent_launch), p.abreast_log2, int(p.copies_tensors)],
+         int(p.dependent_launch), p.abreast_log2, int(p.copies_tensors), p.few_pieces],
         dtype=np.int64,
     )  # fmt: skip
     sm_scale = p.sm_scale if p.sm_scale is not None else p.q.shape[2] ** -0.5

@@ -307,6 +307,53 @@ def test_the_order_of_execution_does_not_change_a_bit():
         assert torch.equal(o, first[0]) and torch.equal(lse, first[1])
 
 
+# Where pieces are cut anywhere, where each is of one request and head, and where one of many tiles meets one of few.
+MIXED_BATCHES = {
+    "many": [30, 0, 500, 17, 64, 3, 300, 5] * 4,
+    "whole pieces": [700, 100, 60, 300],
+    "one long": [2000, 30, 0, 40, 50] * 2,
+}
+
+
+def of_few_pieces(problem):
+    """What one warp of each block left for all rows of the shares of few pieces."""
+    _, o, lse, counters, buffers = emulated.launch(problem)
+    assert not counters.any()
+    rows = 2 * problem.blocks * problem.rows * (problem.q.shape[2] + 4)
+    return buffers[2][64:-64][rows:], buffers[2][64:-64][:rows]
+
+
+@pytest.mark.parametrize("lengths", MIXED_BATCHES.values(), ids=MIXED_BATCHES)
+@pytest.mark.parametrize("group", [5, 8, 16])
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_dtype": E4M3}, {"q_len": 2, "window_left": 400}, {"min_tiles": 2, "blocks": 17}]
+)
+def test_shares_of_few_pieces(lengths, group, options):
+    """One warp of each block meets others for all rows; the bits are those of any other order and of a planned call."""
+    heads_q = 2 * (group // options.get("q_len", 1))
+    options = {"heads_q": heads_q, "heads_kv": 2, "blocks": 6, "min_tiles": 0, "few_pieces": 100, **options}
+    problem = make_problem(lengths, **options)
+    assert_right(problem)
+    few, by_rows = of_few_pieces(problem)
+    assert not few.isnan().all() and by_rows.isnan().all(), "this would not test it"
+    runs = [emulated.run(problem)[:2]]
+    for seed in range(3):
+        problem.seed, problem.resident, problem.plans = seed, 1 + seed, seed > 0
+        runs.append(emulated.run(problem)[:2])
+    assert all(torch.equal(o, runs[0][0]) and torch.equal(lse, runs[0][1]) for o, lse in runs)
+
+
+@pytest.mark.parametrize("few_pieces", [0, 3, 1000])
+def test_equal_requests_and_many_pieces_meet_row_by_row(few_pieces):
+    for lengths in ([500] * 7, [3000, 10, 20]):
+        problem = make_problem(lengths, heads_q=8, heads_kv=1, min_tiles=0, few_pieces=few_pieces)
+        assert_right(problem)
+        few, by_rows = of_few_pieces(problem)
+        meets_for_all_rows = len(set(lengths)) > 1 and few_pieces == 1000
+        assert few.isnan().all() != meets_for_all_rows
+        assert by_rows.isnan().all() == meets_for_all_rows
+
+
 # Warps, kv heads abreast (log2) and kv heads, on two blocks: long pieces, two workers or more that meet.
 ABREAST = [(8, 3, 8), (4, 2, 4), (4, 2, 16), (6, 1, 2), (3, 0, 8)]
 LONG_BATCHES = {
@@ -607,9 +654,10 @@ def test_any_batch_abreast(lengths, page_size, group, grid, seed):
 
 
 @settings(max_examples=60)
-@given(**ANY_BATCH, min_tiles=st.integers(0, 3))
-def test_any_batch(lengths, page_size, heads_kv, group, blocks, warps, min_tiles, seed):
+@given(**ANY_BATCH, min_tiles=st.integers(0, 3), few_pieces=st.sampled_from([0, 2, 24]))
+def test_any_batch(lengths, page_size, heads_kv, group, blocks, warps, min_tiles, few_pieces, seed):
     assert_right(
         make_problem(lengths, heads_q=heads_kv * group, heads_kv=heads_kv, page_size=page_size, blocks=blocks,
-                     warps=warps, min_tiles=min_tiles, seed=seed, levers=(seed % 3, seed % 4, 0, 0, seed % 2))
+                     warps=warps, min_tiles=min_tiles, few_pieces=few_pieces, seed=seed,
+                     levers=(seed % 3, seed % 4, 0, 0, seed % 2))
     )  # fmt: skip
