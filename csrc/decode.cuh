@@ -345,6 +345,7 @@ __global__ void __launch_bounds__(256, 1) decode_kernel(const __grid_constant__ 
       if (i > 0 || keep_late) keep_share<T>(work, run.request, run.head, begin, begin + run.tiles, shared);
       attention.start();
     }
+    if constexpr (KvPipeline<T>::kLoadsPagesLater) pipeline.load_due_pages();
     if constexpr (T::kTakesTwo) step = i + 2 <= run_end ? 2 : 1;
     pipeline.wait(i, step, run.length - run.token);
     const uint32_t tile = pipeline.tile(stage);

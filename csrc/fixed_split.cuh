@@ -61,6 +61,7 @@ FI_PREFETCH_DEVICE void attend_to(const DecodeParams& p, TileCursor<T::kWindow> 
   attention.load_query(at.request_index, at.head);
 #pragma unroll 1
   for (int i = 0; i < T::kStages; ++i) pipeline.issue();
+  pipeline.load_due_pages();
   attention.start();
   uint32_t stage = 0;
   int32_t token = at.token();
@@ -72,6 +73,7 @@ FI_PREFETCH_DEVICE void attend_to(const DecodeParams& p, TileCursor<T::kWindow> 
     stage = pipeline.next(stage);
     __syncwarp();  // all lanes are done with the tile, whose stage is free
     pipeline.issue();
+    pipeline.load_due_pages();
   }
   pipeline.drain();
   attention.write_partial(partial);

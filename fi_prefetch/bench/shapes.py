@@ -227,11 +227,11 @@ def full_grid() -> list[Shape]:
 
 
 def mixed_grid() -> list[Shape]:
-    """Three head layouts, pages of 1 and 16, batches of requests of all lengths; bf16 and fp8 KV."""
+    """Four head layouts, pages of 1 and 16, batches of requests of all lengths; bf16 and fp8 KV."""
     return [
         Shape(heads_q, heads_kv, page, lens, kv_dtype=kv_dtype)
         for kv_dtype in ("bfloat16", "float8_e4m3fn")
-        for heads_q, heads_kv in ((32, 8), (28, 4), (8, 1))
+        for heads_q, heads_kv in ((32, 8), (28, 4), (16, 1), (8, 1))
         for page in (1, 16)
         for lens in MIXED
     ]

@@ -185,7 +185,7 @@ def test_the_full_grid_holds_the_basic_one_and_fp8() -> None:
 
 def test_the_mixed_grid() -> None:
     grid = mixed_grid()
-    assert len(set(grid)) == len(grid) == 2 * 3 * 2 * 3
+    assert len(set(grid)) == len(grid) == 2 * 4 * 2 * 3
     assert {shape.size_class for shape in grid} == {"mixed"}
     assert max(shape.batch for shape in grid) == 512
 
