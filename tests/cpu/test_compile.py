@@ -142,20 +142,20 @@ class Size(NamedTuple):
 # (H200), and back-to-back timings do not show it.
 MOST_INSTRUCTIONS = {
     BF16: {
-        Size(1, few_requests=True): 4_350,
-        Size(1): 4_900,
-        Size(1, planned=True): 3_850,
-        Size(1, few_requests=True, tensor_copies=True): 4_250,
-        Size(1, tensor_copies=True): 4_750,
-        Size(1, tensor_copies=True, planned=True): 3_700,
+        Size(1, few_requests=True): 4_500,
+        Size(1): 5_050,
+        Size(1, planned=True): 3_900,
+        Size(1, few_requests=True, tensor_copies=True): 4_400,
+        Size(1, tensor_copies=True): 4_900,
+        Size(1, tensor_copies=True, planned=True): 3_750,
     },
     E4M3: {
-        Size(1, few_requests=True): 4_850,
-        Size(1): 5_400,
-        Size(1, planned=True): 4_350,
-        Size(1, few_requests=True, tensor_copies=True): 4_850,
-        Size(1, tensor_copies=True): 5_350,
-        Size(1, tensor_copies=True, planned=True): 4_300,
+        Size(1, few_requests=True): 5_100,
+        Size(1): 5_600,
+        Size(1, planned=True): 4_450,
+        Size(1, few_requests=True, tensor_copies=True): 5_000,
+        Size(1, tensor_copies=True): 5_500,
+        Size(1, tensor_copies=True, planned=True): 4_350,
     },
 }
 
