@@ -556,24 +556,26 @@ def test_the_newest_token_may_be_written_until_the_dependencies_end():
     assert torch.equal(emulated.run(problem)[0], expected)
 
 
-def test_no_content_of_the_page_table_reads_outside_the_cache():
+@pytest.mark.parametrize("few_pieces", [0, 100])
+def test_no_content_of_the_page_table_reads_outside_the_cache(few_pieces):
     """Garbage in, garbage out; but every access stays inside (the emulator checks each) and the kernel ends."""
     generator = torch.Generator().manual_seed(0)
+    options = dict(heads_q=8, heads_kv=2, page_size=4, levers=(1, 2, 0, 0, 0), few_pieces=few_pieces)
     for seed in range(8):
-        problem = make_problem([130, 5, 0, 77], heads_q=8, heads_kv=2, page_size=4, levers=(1, 2, 0, 0, 0), seed=seed)
+        problem = make_problem([130, 5, 0, 77], seed=seed, **options)
         for x in (problem.indptr, problem.indices, problem.last_page_len):
             x.copy_(torch.randint(-(2**31), 2**31 - 1, x.shape, dtype=torch.int64, generator=generator).int())
         problem.seed = seed
         emulated.launch(problem)
 
 
+@pytest.mark.parametrize("last, few_pieces", [(40, 0), (90, 100)])
 @pytest.mark.parametrize("early_load, ready", [(0, 1), (0, 2), (1, 2)])
-def test_a_broken_promise_ends_inside_the_cache_all_the_same(early_load, ready):
+def test_a_broken_promise_ends_inside_the_cache_all_the_same(early_load, ready, last, few_pieces):
     """The last request grows against a promise, while the kernel for many requests has cut the line without that."""
+    options = dict(heads_q=8, heads_kv=2, page_size=16, min_tiles=0, few_pieces=few_pieces)
     for seed in range(4):
-        problem = make_problem(
-            [40] * 40, heads_q=8, heads_kv=2, page_size=16, levers=(1, 2, early_load, ready, 0), seed=seed, min_tiles=0
-        )
+        problem = make_problem([40] * 39 + [last], levers=(1, 2, early_load, ready, 0), seed=seed, **options)
         problem.seed = seed
 
         def grow(problem=problem):
